@@ -1,0 +1,85 @@
+"""Leaf layers that several networks use unchanged.
+
+Letters in the shape comments: B batch, C channels, H W height and width, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3×3 convolutions around an optional timestep shift, plus the input.
+
+    `time_dim` is the width of the timestep embedding, or None for a network without one (the KL-VAE).
+    (B, C, H, W) → (B, C_out, H, W).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, D) → (B, C, 1, 1)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour ×2 (or to `size`), then a 3×3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        # a skip connection of odd height or width dictates the size
+        target = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        return self.conv(F.interpolate(x, size=target, mode="nearest"))
+
+
+def sinusoidal_embedding(
+    timesteps: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Tensor:
+    """Sines and cosines of the timesteps (B,) at `dim` / 2 geometric frequencies → (B, dim), float32.
+
+    Source: Transformer position encoding (arXiv:1706.03762) as DDPM (arXiv:2006.11239) applies it to time.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(index * (-torch.log(torch.tensor(10_000.0)) / (half - freq_shift)))
+    angles = timesteps.float()[:, None] * frequencies
+    sin, cos = angles.sin(), angles.cos()
+    embedding = torch.cat([cos, sin] if flip_sin_to_cos else [sin, cos], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with SiLU between: (B, D_in) → (B, D_out)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Scaled-dot-product attention of (B, L, D) queries over (B, S, D) keys and values, D split in `heads`."""
+    batch, length, dim = query.shape
+    q, k, v = (t.view(batch, -1, heads, dim // heads).transpose(1, 2) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
+    return out.transpose(1, 2).reshape(batch, length, dim)

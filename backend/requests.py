@@ -1,0 +1,123 @@
+"""What a user can ask for: one frozen dataclass a family, checked when it is made.
+
+`None` means the checkpoint's own default. Every error names the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from backend.errors import InvalidRequest
+from backend.sampling.catalog import SAMPLER_INFO
+
+MAX_SEED = 2**32 - 1
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PREFERENCES = ("auto", "quality", "speed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The fields that all families share.
+
+    `seed` -1 draws one at random; image i of the batch uses seed + i, wrapping at 2³².
+    `raw_prompt` switches prompt weighting and chunking off. `clip_skip` leaves out that many of the text
+    encoder's last layers. `config_from` is a folder or repository that completes a single-file checkpoint.
+    """
+
+    family: ClassVar[str]
+    size_multiple: ClassVar[int]
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    checkpoint: str = "demo"
+    seed: int = -1
+    num_images: int = 1
+    width: int | None = None
+    height: int | None = None
+    dtype: str = "auto"
+    prefer: str = "auto"
+    loras: tuple[tuple[str, float], ...] = ()
+    raw_prompt: bool = False
+    clip_skip: int = 0
+    config_from: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt", "checkpoint"):
+            _text(name, getattr(self, name))
+        if not self.checkpoint.strip():
+            raise InvalidRequest(
+                "checkpoint is empty; it can be 'demo', a catalogue name, a hub repository, a folder or a file"
+            )
+        if self.config_from is not None:
+            _text("config_from", self.config_from)
+        whole(self, "seed", -1, MAX_SEED, extra=" (-1 draws one at random)")
+        whole(self, "num_images", 1, 8)
+        whole(self, "clip_skip", 0, 11)
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                whole(self, name, 64, 2048, multiple=self.size_multiple)
+        choice(self, "dtype", DTYPES)
+        choice(self, "prefer", PREFERENCES)
+        if not isinstance(self.raw_prompt, bool):
+            raise InvalidRequest(f"raw_prompt is {self.raw_prompt!r}; it can be True or False")
+        if self.loras:
+            raise InvalidRequest(f"loras is {self.loras!r}; this version takes none yet: leave it empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD15Request(Request):
+    """Stable Diffusion 1.5: `steps` 1 to 150, `guidance_scale` 0 to 30, `sampler` a name of `SAMPLER_INFO`."""
+
+    family: ClassVar[str] = "sd15"
+    size_multiple: ClassVar[int] = 8
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            whole(self, "steps", 1, 150)
+        if self.guidance_scale is not None:
+            number(self, "guidance_scale", 0.0, 30.0)
+        if self.sampler is not None:
+            choice(self, "sampler", tuple(SAMPLER_INFO))
+
+
+REQUESTS: dict[str, type[Request]] = {SD15Request.family: SD15Request}
+
+
+def whole(
+    request: Request, name: str, low: int, high: int, *, multiple: int = 1, extra: str = ""
+) -> None:
+    """Check that the field is a whole number in range, and keep it as an int (JSON clients send 7.0 for 7)."""
+    value: Any = getattr(request, name)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (fits and value == int(value) and low <= value <= high and int(value) % multiple == 0):
+        step = f" in multiples of {multiple}" if multiple > 1 else ""
+        raise InvalidRequest(f"{name} is {value!r}; it can be a whole number from {low} to {high}{step}{extra}")
+    object.__setattr__(request, name, int(value))
+
+
+def number(request: Request, name: str, low: float, high: float) -> None:
+    """Check that the field is a finite number in range, and keep it as a float."""
+    value: Any = getattr(request, name)
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (fits and low <= value <= high):
+        raise InvalidRequest(f"{name} is {value!r}; it can be a number from {low:g} to {high:g}")
+    object.__setattr__(request, name, float(value))
+
+
+def choice(request: Request, name: str, allowed: tuple[str, ...]) -> None:
+    """Check that the field is one of the allowed names."""
+    value: Any = getattr(request, name)
+    if value not in allowed:
+        raise InvalidRequest(f"{name} is {value!r}; it can be {', '.join(allowed)}")
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{name} is {value!r}; it must be text")
