@@ -1,0 +1,265 @@
+"""Tiny random checkpoints, made with the reference library, for every test that loads one.
+
+`sd15_folder` writes the hub layout, `sd15_single_file` the same weights under the names of the original release.
+The names of the original release are derived here from how its networks are laid out (blocks counted in the
+order in which they run), not read from our own key tables, so that a mistake there shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WORDS = (
+    "a",
+    "red",
+    "blue",
+    "house",
+    "tree",
+    "on",
+    "green",
+    "hills",
+    "at",
+    "night",
+    "of",
+    "the",
+    "photo",
+    "sea",
+)
+
+
+def sd15_folder(
+    path: Path,
+    *,
+    seed: int = 0,
+    vae: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    **unet: Any,
+) -> Path:
+    """A Stable Diffusion 1.x checkpoint of random weights in hub layout, float32 → `path`.
+
+    Keywords override the UNet's config; `vae`, `text` and `scheduler` the others'. Without any, what single files
+    cannot tell (heads, groups, prediction type, ...) is as published, so that they need no config.
+    """
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    tokenizer_files(path / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
+    unet_config: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 64,
+        **unet,
+    }
+    vae_config: dict[str, Any] = {
+        "sample_size": 64,
+        "block_out_channels": (32, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        **(vae or {}),
+    }
+    text_config: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": unet_config["cross_attention_dim"],
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": max(unet_config["cross_attention_dim"] // 64, 1),
+        "hidden_act": "quick_gelu",
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **(text or {}),
+    }
+    scheduler_config: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        **(scheduler or {}),
+    }
+    pipeline = StableDiffusionPipeline(
+        vae=unlike_at_start(AutoencoderKL(**vae_config)),
+        text_encoder=unlike_at_start(CLIPTextModel(CLIPTextConfig(**text_config))),
+        tokenizer=tokenizer,
+        unet=unlike_at_start(UNet2DConditionModel(**unet_config)),
+        scheduler=PNDMScheduler(**scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(path)
+    return path
+
+
+def unlike_at_start(module: nn.Module) -> Any:
+    """Shake norms and biases: while all are 1 and 0, weights under each other's names would go unnoticed."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return module
+
+
+def tokenizer_files(path: Path) -> Path:
+    """A byte-level BPE tokenizer in CLIP's form that knows `WORDS` whole, 77 positions → the folder `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = [chr(code) for code in printable] + [chr(256 + n) for n in range(len(others))]
+    vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
+    merges: list[str] = []
+    for word in WORDS:
+        *letters, last = word
+        pieces = [*letters, last + "</w>"]
+        while len(pieces) > 1:
+            pair = f"{pieces[0]} {pieces[1]}"
+            pieces[:2] = [pieces[0] + pieces[1]]
+            if pair not in merges:
+                merges.append(pair)
+                vocabulary.append(pieces[0])
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # last: CLIP finds the end of a text by the highest id
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    (path / "vocab.json").write_text(json.dumps(numbers, ensure_ascii=False), encoding="utf-8")
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def sd15_single_file(folder: Path, path: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """The weights of a hub-layout folder under the names of the original release → the file `path`.
+
+    A name that ends in .ckpt gets the original's pickle, anything else safetensors.
+    """
+    tensors = {
+        **original_unet(
+            load_file(folder / "unet/diffusion_pytorch_model.safetensors"), config_of(folder, "unet")
+        ),
+        **original_vae(
+            load_file(folder / "vae/diffusion_pytorch_model.safetensors"), config_of(folder, "vae")
+        ),
+        **original_text(load_file(folder / "text_encoder/model.safetensors")),
+    }
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    tensors |= {  # what training left behind in the published files
+        "alphas_cumprod": torch.linspace(0.9991, 0.0047, 1000),
+        "betas": torch.linspace(0.00085, 0.012, 1000),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(470000, dtype=torch.int32),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
+    if path.suffix == ".ckpt":
+        torch.save({"global_step": 470000, "state_dict": tensors}, path)
+    else:
+        save_file(tensors, path)
+    return path
+
+
+def config_of(folder: Path, component: str) -> dict[str, Any]:
+    return json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
+
+
+def original_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The original counts every block in the order in which it runs, within its input and its output half."""
+    levels = len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    resnet = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    places: dict[str, str] = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    count = 1
+    for level in range(levels):
+        for layer in range(layers):
+            places[f"down_blocks.{level}.resnets.{layer}"] = f"input_blocks.{count}.0"
+            places[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{count}.1"
+            count += 1
+        if level < levels - 1:
+            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{count}.0.op"
+            count += 1
+    count = 0
+    for level in range(levels):
+        attentive = any(name.startswith(f"up_blocks.{level}.attentions") for name in tensors)
+        for layer in range(layers + 1):
+            places[f"up_blocks.{level}.resnets.{layer}"] = f"output_blocks.{count}.0"
+            places[f"up_blocks.{level}.attentions.{layer}"] = f"output_blocks.{count}.1"
+            if layer == layers:  # the upsampler comes third where there is an attention, else second
+                places[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{count}.{1 + attentive}.conv"
+            count += 1
+    return {
+        "model.diffusion_model." + renamed(name, places, resnet): value for name, value in tensors.items()
+    }
+
+
+def original_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The original numbers the decoder's blocks from the outermost, and its attention is of 1×1 convolutions."""
+    levels = len(config["block_out_channels"])
+    inside = {
+        "conv_shortcut": "nin_shortcut", "group_norm": "norm",
+        "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    }  # fmt: skip
+    places: dict[str, str] = {}
+    for half in ("encoder", "decoder"):
+        places[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        places[f"{half}.mid_block.attentions.0"] = f"{half}.mid.attn_1"
+        for number in (0, 1):
+            places[f"{half}.mid_block.resnets.{number}"] = f"{half}.mid.block_{number + 1}"
+    for level in range(levels):
+        mirrored = levels - 1 - level
+        for layer in range(config["layers_per_block"] + 1):
+            places[f"encoder.down_blocks.{level}.resnets.{layer}"] = f"encoder.down.{level}.block.{layer}"
+            places[f"decoder.up_blocks.{level}.resnets.{layer}"] = f"decoder.up.{mirrored}.block.{layer}"
+        places[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        places[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{mirrored}.upsample.conv"
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        linear = re.search(r"\.to_(q|k|v|out\.0)\.weight$", name)
+        out["first_stage_model." + renamed(name, places, inside)] = (
+            value[:, :, None, None] if linear else value
+        )
+    return out
+
+
+def original_text(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "cond_stage_model.transformer.text_model."
+    return {prefix + name.removeprefix("text_model."): value for name, value in tensors.items()}
+
+
+def renamed(name: str, places: Mapping[str, str], inside: Mapping[str, str]) -> str:
+    """`name` with the block at its head and the layer within it under their original names."""
+    for head in sorted(places, key=len, reverse=True):
+        if name.startswith(head + "."):
+            rest = name.removeprefix(head + ".")
+            for layer, original in inside.items():
+                if rest.startswith(layer + "."):
+                    rest = original + rest.removeprefix(layer)
+            return f"{places[head]}.{rest}"
+    return name
