@@ -1,0 +1,29 @@
+"""Triptych's engine: `Studio(Settings(...)).run(SD15Request(prompt=...))`. Importing it does not import torch."""
+
+from backend.errors import (
+    AccessError,
+    Cancelled,
+    CheckpointError,
+    InvalidRequest,
+    OutOfMemory,
+    StorageError,
+    TriptychError,
+)
+from backend.memory.hardware import Hardware
+from backend.requests import SD15Request
+from backend.settings import Settings
+from backend.studio import Studio
+
+__all__ = [
+    "AccessError",
+    "Cancelled",
+    "CheckpointError",
+    "Hardware",
+    "InvalidRequest",
+    "OutOfMemory",
+    "SD15Request",
+    "Settings",
+    "StorageError",
+    "Studio",
+    "TriptychError",
+]

@@ -1,0 +1,82 @@
+"""Lends components to phases.
+
+Assumptions: one request at a time; a component on loan is never evicted; when the budget is short, the
+least recently used one that is not on loan leaves first; equal identities share one copy.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from backend.phases import Component
+
+
+@dataclass
+class _Loaded:
+    component: Component
+    value: Any
+    lent: int = 0
+
+
+class Manager:
+    def __init__(self) -> None:
+        self._loaded: OrderedDict[Hashable, _Loaded] = OrderedDict()  # least recently used first
+
+    def holds(self, component: Component) -> bool:
+        return component.identity in self._loaded
+
+    @property
+    def bytes(self) -> int:
+        """What the loaded components take together."""
+        return sum(entry.component.bytes for entry in self._loaded.values())
+
+    def names(self) -> list[str]:
+        return [entry.component.name for entry in self._loaded.values()]
+
+    @contextmanager
+    def use(self, component: Component) -> Iterator[Any]:
+        """Lend the component, loading it first if need be. Raises CheckpointError as its `load` does."""
+        entry = self._loaded.get(component.identity)
+        if entry is None:
+            entry = _Loaded(component, component.load())
+            self._loaded[component.identity] = entry
+        self._loaded.move_to_end(component.identity)
+        entry.lent += 1
+        try:
+            yield entry.value
+        finally:
+            entry.lent -= 1
+
+    def make_room(self, budget_bytes: int, keep: set[Hashable]) -> list[str]:
+        """Evict until `budget_bytes` hold what stays loaded; never what is lent or in `keep`. → names evicted."""
+        evicted = []
+        for identity, entry in list(self._loaded.items()):
+            if self.bytes <= budget_bytes:
+                break
+            if not entry.lent and identity not in keep:
+                del self._loaded[identity]
+                evicted.append(entry.component.name)
+        if evicted:
+            _release()
+        return evicted
+
+    def clear(self) -> None:
+        """Free everything that is not on loan."""
+        for identity, entry in list(self._loaded.items()):
+            if not entry.lent:
+                del self._loaded[identity]
+        _release()
+
+
+def _release() -> None:
+    """Hand freed memory back to the system, not only to the allocator."""
+    gc.collect()
+    import torch  # noqa: PLC0415  (nothing is loaded without it)
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,87 @@
+"""Bad values are refused when the request is made, by name, with what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from backend.errors import InvalidRequest, TriptychError
+from backend.requests import SD15Request
+from backend.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("steps", 0, "1 to 150"),
+        ("steps", 1000, "1 to 150"),
+        ("steps", 2.5, "whole number"),
+        ("steps", "20", "whole number"),
+        ("steps", True, "whole number"),
+        ("guidance_scale", math.nan, "0 to 30"),
+        ("guidance_scale", math.inf, "0 to 30"),
+        ("guidance_scale", -1, "0 to 30"),
+        ("guidance_scale", 30.5, "0 to 30"),
+        ("guidance_scale", "7", "0 to 30"),
+        ("width", 100, "multiples of 8"),
+        ("height", 56, "64 to 2048"),
+        ("height", 2056, "64 to 2048"),
+        ("seed", -2, "4294967295"),
+        ("seed", 2**32, "4294967295"),
+        ("seed", math.nan, "whole number"),
+        ("seed", math.inf, "whole number"),
+        ("num_images", 0, "1 to 8"),
+        ("num_images", 100, "1 to 8"),
+        ("sampler", "dpm_fast", "euler_ancestral"),
+        ("dtype", "int8", "bfloat16"),
+        ("prefer", "cheap", "quality"),
+        ("clip_skip", 12, "0 to 11"),
+        ("prompt", None, "text"),
+        ("prompt", 7, "text"),
+        ("checkpoint", " ", "hub repository"),
+        ("raw_prompt", "yes", "True or False"),
+        ("loras", (("style.safetensors", 0.8),), "takes none yet"),
+    ],
+)
+def test_refused(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SD15Request(**{"prompt": "a red house", field: value})
+    assert str(caught.value).startswith(field)
+    assert allowed in str(caught.value)
+    if field != "raw_prompt":
+        assert repr(value) in str(caught.value) or field == "checkpoint"
+
+
+def test_whole_floats_of_json_clients_become_ints() -> None:
+    request = SD15Request(seed=7.0, steps=20.0, width=512.0)  # type: ignore[arg-type]
+    assert (request.seed, request.steps, request.width) == (7, 20, 512)
+    assert all(isinstance(value, int) for value in (request.seed, request.steps, request.width))
+
+
+@pytest.mark.parametrize("seed", [-1, 0, 2**32 - 1])
+def test_limits_are_inside(seed: int) -> None:
+    request = SD15Request(seed=seed, steps=150, guidance_scale=30, num_images=8, width=2048, height=64)
+    assert request.guidance_scale == 30.0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"device": "tpu"},
+        {"dtype": "int8"},
+        {"port": 70000},
+        {"vram": 0},
+        {"vram": math.nan},
+        {"auth": "nobody"},
+        {"auth": "user:"},
+    ],
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TriptychError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_settings_do_not_print_the_password() -> None:
+    assert "secret" not in repr(Settings(auth="user:secret"))
