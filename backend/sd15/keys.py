@@ -1,0 +1,264 @@
+"""What Stable Diffusion 1.x and 2.x checkpoints are called and hold; no torch here.
+
+The original release keeps all networks in one file, under other names than the hub layout, without their settings.
+Its names are those of the CompVis latent-diffusion networks (arXiv:2112.10752).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from backend.errors import CheckpointError
+from backend.weights.files import Shapes
+from backend.weights.keymap import Origin, Table, inside, place
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+
+# The published configs, as far as a single file's tensors cannot tell.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "unet": {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+        "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32, "norm_eps": 1e-5,
+        "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu", "sample_size": 64,
+    },
+    "vae": {
+        "in_channels": 3, "out_channels": 3, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "latent_channels": 4, "norm_num_groups": 32, "scaling_factor": 0.18215, "act_fn": "silu",
+        "sample_size": 512,
+    },
+    "text_encoder": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "projection_dim": 768, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+    },
+    "scheduler": {
+        "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
+        "prediction_type": "epsilon", "timestep_spacing": "leading", "trained_betas": None, "clip_sample": False,
+    },
+}  # fmt: skip
+
+# Older hub-layout files of the VAE name its attention otherwise.
+LEGACY_VAE = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+SAME: Table = {"": ""}  # names that no other row fits stay, and the strict load reports them
+
+PARTS: Table = {
+    "model.diffusion_model.": "unet.",
+    "first_stage_model.": "vae.",
+    "cond_stage_model.transformer.": "text_encoder.",
+    # what training left behind
+    "model_ema.": None,
+    "first_stage_model.loss.": None,
+    "cond_stage_model.logit_scale": None,
+    "cond_stage_model.text_projection": None,
+    "alphas_cumprod": None,
+    "betas": None,
+    "embedding_manager.": None,
+    "log_one_minus_alphas_cumprod": None,
+    "logvar": None,
+    "lvlb_weights": None,
+    "posterior_": None,
+    "scale_factor": None,
+    "sqrt_": None,
+}
+
+UNET: Table = {
+    **SAME,
+    "time_embed.0.": "time_embedding.linear_1.",
+    "time_embed.2.": "time_embedding.linear_2.",
+    "input_blocks.0.0.": "conv_in.",
+    "middle_block.0.": "mid_block.resnets.0.",
+    "middle_block.1.": "mid_block.attentions.0.",
+    "middle_block.2.": "mid_block.resnets.1.",
+    "out.0.": "conv_norm_out.",
+    "out.2.": "conv_out.",
+}
+UNET_RESNET = {
+    ".in_layers.0.": ".norm1.",
+    ".in_layers.2.": ".conv1.",
+    ".emb_layers.1.": ".time_emb_proj.",
+    ".out_layers.0.": ".norm2.",
+    ".out_layers.3.": ".conv2.",
+    ".skip_connection.": ".conv_shortcut.",
+}
+VAE = {
+    ".mid.block_1.": ".mid_block.resnets.0.",
+    ".mid.attn_1.": ".mid_block.attentions.0.",
+    ".mid.block_2.": ".mid_block.resnets.1.",
+    ".block.": ".resnets.",
+    ".downsample.": ".downsamplers.0.",
+    ".upsample.": ".upsamplers.0.",
+    ".nin_shortcut.": ".conv_shortcut.",
+    ".norm_out.": ".conv_norm_out.",
+    ".attentions.0.norm.": ".attentions.0.group_norm.",
+    ".attentions.0.q.": ".attentions.0.to_q.",
+    ".attentions.0.k.": ".attentions.0.to_k.",
+    ".attentions.0.v.": ".attentions.0.to_v.",
+    ".attentions.0.proj_out.": ".attentions.0.to_out.0.",
+}
+
+# Linear layers of the hub layout that the original VAE holds as 1×1 convolutions.
+POINTWISE = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
+
+
+def check(component: str, config: Mapping[str, Any]) -> None:
+    """Refuse, by name, UNets that want more than latents. Raises CheckpointError."""
+    kinds = {
+        9: "an inpainting model (its UNet takes 9 channels: latents, a mask and the masked picture)",
+        8: "an editing model (its UNet takes 8 channels: latents and those of the picture to edit)",
+    }
+    if component == "unet" and config.get("in_channels") in kinds:
+        kind = kinds[config["in_channels"]]
+        raise CheckpointError(f"this is {kind}; only text-to-image models with 4 channels can be run as yet")
+
+
+def hub_names(component: str, shapes: Shapes) -> dict[str, Origin]:
+    """Our names of the tensors in a hub-layout component's files, whatever its age."""
+    legacy = LEGACY_VAE if component == "vae" else {}
+    return {inside(name, legacy): Origin(name, shape) for name, shape in shapes.items()}
+
+
+def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
+    """The tensors of an original single file by component and by our names.
+
+    Raises CheckpointError for tensors that belong to none of the components.
+    """
+    tables = {
+        "unet": (_unet_table(shapes), UNET_RESNET),
+        "vae": (_vae_table(shapes), VAE),
+        "text_encoder": (SAME, {}),
+    }
+    out: dict[str, dict[str, Origin]] = {}
+    unknown: list[str] = []
+    for name, shape in shapes.items():
+        try:
+            placed = place(name, PARTS)
+        except KeyError:
+            unknown.append(name)
+            continue
+        if placed is None:
+            continue
+        component, _, rest = placed.partition(".")
+        table, within = tables[component]
+        ours = inside(place(rest, table) or "", within)
+        pointwise = POINTWISE.search(ours) and shape[2:] == (1, 1)
+        out.setdefault(component, {})[ours] = Origin(name, shape[:2] if pointwise else shape)
+    if unknown:
+        raise CheckpointError(
+            f"of {len(shapes)} tensors, {len(unknown)} belong to no part of a Stable Diffusion 1.x checkpoint "
+            f"({', '.join(unknown[:4])}{', …' if len(unknown) > 4 else ''})"
+        )
+    return out
+
+
+def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config of a component whose tensors have these shapes, by our names.
+
+    What shapes cannot tell comes from `settings`, a config of the same kind, or else from the published values.
+    Raises CheckpointError where a tensor that tells something is missing.
+    """
+    infer = {"unet": _unet_config, "vae": _vae_config, "text_encoder": _text_config}
+    try:
+        told, guessed = infer[component](shapes)
+    except (LookupError, ValueError) as error:
+        raise CheckpointError(
+            f"{component}: the tensor {error} is missing, so its config cannot be told"
+        ) from error
+    return {**PUBLISHED[component], **guessed, **(settings or {}), **told}
+
+
+def _unet_table(shapes: Shapes) -> Table:
+    """The original counts the blocks of each half in the order in which they run."""
+    blocks = [int(n) for n in _numbers(r"model\.diffusion_model\.input_blocks\.(\d+)\.", shapes)]
+    strided = _numbers(r"model\.diffusion_model\.input_blocks\.(\d+)\.0\.op\.weight", shapes)
+    levels = len(strided) + 1
+    layers = (max(blocks, default=0) + 1 - levels) // levels
+    table = dict(UNET)
+    for level in range(levels):
+        first = 1 + level * (layers + 1)
+        for layer in range(layers):
+            table[f"input_blocks.{first + layer}.0."] = f"down_blocks.{level}.resnets.{layer}."
+            table[f"input_blocks.{first + layer}.1."] = f"down_blocks.{level}.attentions.{layer}."
+        table[f"input_blocks.{first + layers}.0.op."] = f"down_blocks.{level}.downsamplers.0.conv."
+        first = level * (layers + 1)
+        for layer in range(layers + 1):
+            table[f"output_blocks.{first + layer}.0."] = f"up_blocks.{level}.resnets.{layer}."
+            table[f"output_blocks.{first + layer}.1."] = f"up_blocks.{level}.attentions.{layer}."
+        for slot in (1, 2):  # behind the attention, where there is one
+            table[f"output_blocks.{first + layers}.{slot}.conv."] = f"up_blocks.{level}.upsamplers.0.conv."
+    return table
+
+
+def _vae_table(shapes: Shapes) -> Table:
+    """The original numbers the decoder's blocks from the outermost, so the last runs first."""
+    levels = len(_numbers(r"first_stage_model\.decoder\.up\.(\d+)\.", shapes))
+    table = dict(SAME)
+    for level in range(levels):
+        table[f"encoder.down.{level}."] = f"encoder.down_blocks.{level}."
+        table[f"decoder.up.{level}."] = f"decoder.up_blocks.{levels - 1 - level}."
+    return table
+
+
+def _unet_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    levels = len(_numbers(r"down_blocks\.(\d+)\.", shapes))
+    widths = [shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)]
+    attentive = [
+        f"{half}_blocks.{level}.attentions.0.norm.weight" in shapes
+        for half in ("down", "up")
+        for level in range(levels)
+    ]
+    linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
+    told = {
+        "in_channels": shapes["conv_in.weight"][1],
+        "out_channels": shapes["conv_out.weight"][0],
+        "block_out_channels": widths,
+        "layers_per_block": len(_numbers(r"down_blocks\.0\.resnets\.(\d+)\.", shapes)),
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attentive[:levels]],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attentive[levels:]],
+        "cross_attention_dim": shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
+        "use_linear_projection": linear,
+    }
+    # SD2 has linear projections and heads of 64 channels
+    return told, {"attention_head_dim": [width // 64 for width in widths]} if linear else {}
+
+
+def _vae_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    levels = len(_numbers(r"encoder\.down_blocks\.(\d+)\.", shapes))
+    told = {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "block_out_channels": [
+            shapes[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)
+        ],
+        "layers_per_block": len(_numbers(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", shapes)),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }
+    return told, {}
+
+
+def _text_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
+    shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
+    vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    told = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "num_hidden_layers": len(_numbers(r"encoder\.layers\.(\d+)\.", shapes)),
+        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
+    }
+    # every published CLIP text model has heads of 64 channels
+    return told, {"num_attention_heads": max(width // 64, 1)}
+
+
+def _numbers(pattern: str, shapes: Shapes) -> set[str]:
+    """The different numbers that `pattern` captures at the start of the names."""
+    return {match[1] for name in shapes if (match := re.match(pattern, name))}

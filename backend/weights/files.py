@@ -1,0 +1,173 @@
+"""What lies in checkpoint files: their headers, read without torch, and their tensors, mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from backend.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+Shapes = dict[str, tuple[int, ...]]  # by tensor name
+
+MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors format
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError for a missing or broken file, and for NaN and infinity in it."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a number a config can hold")
+
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(text)
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
+    return value
+
+
+def shapes(path: Path) -> Shapes:
+    """The name and shape of every tensor in a checkpoint file; only a legacy pickle has to be opened for it.
+
+    Raises CheckpointError for a file that is missing, empty, truncated or something else.
+    """
+    if path.suffix != ".safetensors":
+        return {name: tuple(tensor.shape) for name, tensor in _pickled(path).items()}
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            text = file.read(length) if length <= MAX_HEADER else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if size == 0:
+        raise CheckpointError(f"{path} is empty")
+    if not text.startswith(b"{"):
+        raise CheckpointError(f"{path} is not a safetensors file{_what_else(start)}")
+    try:
+        if len(text) < length:
+            raise CheckpointError(
+                f"{path} is truncated: its header takes {length} bytes, and {len(text)} are there"
+            )
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        out = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read") from error
+    if size < end:
+        raise CheckpointError(
+            f"{path} is truncated: {end} bytes are due, and {size} are there; download it again"
+        )
+    if not out:
+        raise CheckpointError(f"{path} holds no tensors")
+    return out
+
+
+class Tensors(Mapping[str, "Tensor"]):
+    """The tensors of safetensors files as one mapping.
+
+    A tensor is a view of the mapped file: asking for it reads nothing and copies nothing. It must not be written to.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            shapes(path)  # says what is wrong in words of our own
+            try:
+                file = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if name in self._files:
+                    raise CheckpointError(
+                        f"{path} repeats the tensor {name} of another part of the checkpoint"
+                    )
+                self._files[name] = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # the mixin's would fetch the tensor
+
+
+def open_tensors(paths: Iterable[Path]) -> Mapping[str, Tensor]:
+    """The tensors of the files, by name, mapped and not read. Raises CheckpointError for a damaged file."""
+    paths = list(paths)
+    if all(path.suffix == ".safetensors" for path in paths):
+        return Tensors(paths)
+    return {name: tensor for path in paths for name, tensor in _pickled(path).items()}
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a legacy pickle, through torch's reader that runs no code."""
+    import torch
+
+    if path.is_file() and path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty")
+    try:
+        content = _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is a pickle that holds more than weights, so reading it could run somebody's code: "
+            "it was not read. Take the .safetensors version of it"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = (
+        {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    )
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def _load_pickle(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+
+
+def _what_else(start: bytes) -> str:
+    kinds = {
+        b"version": ": it is the pointer that git keeps in place of a large file; download the file itself",
+        b"PK\x03\x04": ": it is a zip, perhaps a pickled checkpoint under a wrong name",
+        b"\x80": ": it is a pickled checkpoint under a wrong name",
+        b"<": ": it is a web page; download the file itself",
+    }
+    return next((text for magic, text in kinds.items() if start.startswith(magic)), "")

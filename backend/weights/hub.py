@@ -1,0 +1,237 @@
+"""Hub repositories: what lies in the cache, what they hold, and downloads that resume.
+
+The cache is the hub library's own, so other programs find what is downloaded here, and the other way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from backend.errors import AccessError, CheckpointError, InvalidRequest
+
+SMALL = 16 * 2**20  # bytes: files up to here are not worth resuming
+CHUNK = 2**20
+ATTEMPTS = 5  # in a row without a byte
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository at a revision; `cache` is the folder of the hub's cache, None for its usual place."""
+
+    name: str
+    revision: str = "main"
+    cache: Path | None = None
+    offline: bool = False
+
+    @property
+    def page(self) -> str:
+        return f"{_endpoint()}/{self.name}"
+
+    def cached(self) -> Path | None:
+        """The folder with the files that are downloaded, None before there are any."""
+        root = self._root()
+        reference = root / "refs" / self.revision
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else self.revision
+        folder = root / "snapshots" / commit
+        return folder if folder.is_dir() else None
+
+    def listing(self) -> dict[str, int]:
+        """The size in bytes of every file in the repository. Raises AccessError."""
+        from huggingface_hub import HfApi
+
+        with self._explained():
+            info = HfApi(endpoint=_endpoint()).model_info(
+                self.name, revision=self.revision, files_metadata=True, timeout=_timeout()
+            )
+        return {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+    def download(self, file: str, size: int) -> Iterator[int]:
+        """Download one file into the cache, yielding the bytes that are there; an interrupted download goes on.
+
+        Raises AccessError, and CheckpointError where the disk is full or the file arrives damaged.
+        """
+        from huggingface_hub import hf_hub_download
+
+        with self._explained(file):
+            if size > SMALL:
+                yield from self._resume(file)
+            hf_hub_download(
+                self.name,
+                file,
+                revision=self.revision,
+                cache_dir=self.cache,
+                endpoint=_endpoint(),
+                tqdm_class=_without_bar(),
+            )
+        yield size
+
+    def _resume(self, file: str) -> Iterator[int]:
+        """Put the file's content where `hf_hub_download` expects it: on its own it discards unfinished downloads."""
+        import httpx2
+        from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+        from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
+
+        url = hf_hub_url(self.name, file, revision=self.revision, endpoint=_endpoint())
+        meta = get_hf_file_metadata(url, timeout=_timeout())
+        if meta.etag is None or meta.size is None or meta.commit_hash is None:
+            return  # a mirror that does not say enough: the library tries in its own way
+        url = hf_hub_url(self.name, file, revision=meta.commit_hash, endpoint=_endpoint())
+        blob = self._root() / "blobs" / meta.etag
+        part = blob.with_name(blob.name + ".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(part.with_name(part.name + ".lock")):
+            failures = 0
+            while not blob.exists():
+                have = part.stat().st_size if part.exists() else 0
+                free = shutil.disk_usage(part.parent).free
+                if free < meta.size - have:
+                    raise CheckpointError(
+                        f"{file} needs {(meta.size - have) / 1e9:.1f} GB more in {part.parent}, where {free / 1e9:.1f} GB are free"
+                    )
+                if have >= meta.size:
+                    _accept(part, blob, meta.etag, meta.size, file)
+                    break
+                headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+                try:
+                    with get_session().stream(
+                        "GET", url, headers=headers, follow_redirects=True, timeout=_timeout()
+                    ) as response:
+                        hf_raise_for_status(response)
+                        resumed = response.status_code == 206
+                        done = have if resumed else 0
+                        with part.open("ab" if resumed else "wb") as out:
+                            for chunk in response.iter_bytes(CHUNK):
+                                out.write(chunk)
+                                done += len(chunk)
+                                failures = 0
+                                yield done
+                except httpx2.TransportError:
+                    failures += 1
+                    if failures == ATTEMPTS:
+                        raise
+                    time.sleep(0.2 * 2**failures)
+
+    def _root(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(self.cache or constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}"
+
+    @contextmanager
+    def _explained(self, file: str | None = None) -> Generator[None]:
+        """Say in our own words what a hub's refusal means and what helps."""
+        import httpx2
+        from huggingface_hub import constants, errors
+
+        if self.offline or constants.HF_HUB_OFFLINE:
+            raise AccessError(
+                f"{self.name} is not downloaded{f' ({file})' if file else ''}, and downloads are off (--offline)"
+            )
+        token = "a token in the environment variable HF_TOKEN, or by `hf auth login`"
+        try:
+            yield
+        except errors.GatedRepoError as error:
+            raise AccessError(
+                f"{self.name} is gated: visit {self.page}, accept its licence there, and give {token} "
+                "that may read gated repositories"
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise AccessError(
+                f"{self.name} does not exist on {_endpoint()}, or is private; check its name, or give {token}"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise AccessError(f"{self.name} has no revision {self.revision}; see {self.page}") from error
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):
+                raise self._unreachable(error) from error
+            raise AccessError(f"{self.name} has no file {file}; see {self.page}") from error
+        except errors.HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise AccessError(
+                    f"{self.page} refused ({status}): give {token}, or check the one given"
+                ) from error
+            raise AccessError(f"{_endpoint()} answered {status} for {self.name}; try again later") from error
+        except (httpx2.HTTPError, errors.OfflineModeIsEnabled) as error:
+            raise self._unreachable(error) from error
+        except errors.HFValidationError as error:
+            raise InvalidRequest(f"checkpoint is {self.name!r}; a hub repository is OWNER/NAME") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name} cannot be kept in {self._root()}: {error.strerror or error}"
+            ) from error
+
+    def _unreachable(self, error: Exception) -> AccessError:
+        return AccessError(
+            f"{_endpoint()} cannot be reached for {self.name}: check the network, or use a checkpoint on disk "
+            f"({type(error.__cause__ or error).__name__})"
+        )
+
+
+def pasted_url(text: str) -> tuple[str, str, str | None] | None:
+    """Repository, revision and file (None: the whole) that a pasted hub URL means; None if `text` is no URL.
+
+    Raises InvalidRequest for a URL of anything else.
+    """
+    if not re.match(r"https?://", text, re.IGNORECASE):
+        return None
+    parts = urlsplit(text)
+    path = [unquote(piece) for piece in parts.path.split("/") if piece]
+    if parts.netloc.lower() in (*HOSTS, urlsplit(_endpoint()).netloc) and not any(
+        ".." in piece for piece in path
+    ):
+        match path:
+            case ["datasets" | "spaces" | "models" | "api", *_]:
+                pass
+            case [owner, name]:
+                return f"{owner}/{name}", "main", None
+            case [owner, name, "tree", revision]:
+                return f"{owner}/{name}", revision, None
+            case [owner, name, "resolve" | "blob", revision, *file] if file:
+                return f"{owner}/{name}", revision, None if file == ["model_index.json"] else "/".join(file)
+    raise InvalidRequest(
+        f"checkpoint is {text!r}; a URL can be that of a hub repository ({_endpoint()}/OWNER/NAME) or of a file in it"
+    )
+
+
+def _accept(part: Path, blob: Path, etag: str, size: int, file: str) -> None:
+    """Let a finished download into the cache; large files are named there by their SHA-256."""
+    whole = part.stat().st_size == size
+    if whole and re.fullmatch(r"[0-9a-f]{64}", etag):
+        with part.open("rb") as content:
+            whole = hashlib.file_digest(content, "sha256").hexdigest() == etag
+    if not whole:
+        part.unlink()
+        raise CheckpointError(f"{file} arrived damaged and was removed; try again")
+    part.replace(blob)
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _timeout() -> float:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_ETAG_TIMEOUT
+
+
+def _without_bar() -> Any:
+    from huggingface_hub.utils import tqdm
+
+    class Quiet(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    return Quiet

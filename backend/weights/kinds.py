@@ -1,0 +1,73 @@
+"""Telling what a checkpoint is, so that one of another kind is refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from backend.catalog import FAMILIES
+
+# Part of a tensor's name → the family, or what else it is. The first row that fits any tensor tells.
+TENSORS = {
+    "lora_": "a LoRA",
+    ".lora.": "a LoRA",
+    ".hada_w1_": "a LoHa adapter",
+    ".lokr_w": "a LoKr adapter",
+    "emb_params": "a textual inversion",
+    "string_to_param": "a textual inversion",
+    "control_model.": "a ControlNet",
+    "controlnet_": "a ControlNet",
+    "motion_modules.": "an AnimateDiff motion module",
+    "conditioner.embedders.": "a Stable Diffusion XL checkpoint",
+    "diffusion_model.label_emb.": "a Stable Diffusion XL checkpoint",
+    "double_blocks.": "a Flux checkpoint",
+    "single_transformer_blocks.": "a Flux checkpoint",
+    "joint_blocks.": "sd3",
+    "clip_txt_mapper.": "stable-cascade",
+    "effnet_mapper.": "stable-cascade",
+    "vquantizer.": "stable-cascade",
+    "model.diffusion_model.input_blocks.0.0.": "sd15",
+    "input_blocks.0.0.": "a UNet alone, without the prefix of a whole checkpoint",
+    "down_blocks.0.resnets.": "one component of a hub-layout checkpoint; give the whole folder or its repository",
+    "first_stage_model.": "a VAE alone",
+    "decoder.up.0.": "a VAE alone",
+    "text_model.embeddings.": "a text encoder alone",
+}
+
+# The class in a model_index.json begins with → the family, or what else it is; the longest row tells.
+PIPELINES = {
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionImg2Img": "sd15",
+    "StableDiffusionInpaint": "a Stable Diffusion inpainting model",
+    "StableDiffusionInstructPix2Pix": "a Stable Diffusion editing model",
+    "StableDiffusionUpscale": "a Stable Diffusion upscaler",
+    "StableDiffusionLatentUpscale": "a Stable Diffusion upscaler",
+    "StableDiffusionDepth2Img": "a Stable Diffusion depth model",
+    "StableDiffusionXL": "a Stable Diffusion XL checkpoint",
+    "StableDiffusion3": "sd3",
+    "StableCascade": "stable-cascade",
+    "Wuerstchen": "a Würstchen checkpoint",
+    "Flux": "a Flux checkpoint",
+    "PixArt": "a PixArt checkpoint",
+    "Kandinsky": "a Kandinsky checkpoint",
+    "LatentConsistencyModel": "a latent consistency model",
+}
+
+TITLES = {**FAMILIES, "sd3": "Stable Diffusion 3", "stable-cascade": "Stable Cascade"}
+
+
+def by_tensors(names: Iterable[str]) -> str | None:
+    """The family of a single file that holds tensors of these names, or what else it is; None if unknown."""
+    names = list(names)
+    return next((kind for part, kind in TENSORS.items() if any(part in name for name in names)), None)
+
+
+def by_index(index: Mapping[str, Any]) -> str | None:
+    """The family of a folder with this model_index.json, or what else it is; None if unknown."""
+    pipeline = str(index.get("_class_name"))
+    rows = [row for row in PIPELINES if pipeline.startswith(row)]
+    return PIPELINES[max(rows, key=len)] if rows else None
+
+
+def title(kind: str) -> str:
+    return f"a {TITLES[kind]} checkpoint" if kind in TITLES else kind

@@ -1,0 +1,100 @@
+"""Weights into modules: built on the meta device, checked strictly, assigned tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from backend.errors import CheckpointError
+
+M = TypeVar("M", bound=nn.Module)
+
+LISTED = 4  # keys that an error names before it only counts
+
+
+def load_module(
+    build: Callable[[], M],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str,
+    channels_last: bool = False,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> M:
+    """The module that `build` makes, with `tensors` for its weights: in eval mode, not asking for gradients.
+
+    A tensor of the right dtype, layout and device is taken as it is, so a mapped file is read as the module runs;
+    the others are converted one at a time, so the peak of memory is the weights as run plus one tensor.
+    `channels_last` gives the weights of convolutions that layout. `buffers` holds what the module computes when it is
+    built and checkpoints leave out. `what` names the component in errors.
+
+    Raises CheckpointError where the tensors are not just those of the module, or the module cannot be built.
+    """
+    module = _build(build, what)
+    _check(module.state_dict(), tensors, what)
+    for name, meta in list(module.state_dict(keep_vars=True).items()):
+        kept = dtype if meta.is_floating_point() else meta.dtype
+        value = _placed(tensors[name], kept, device, channels_last)
+        _assign(
+            module,
+            name,
+            nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value,
+        )
+    for name, value in (buffers or {}).items():
+        _assign(module, name, value.to(device))
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not left, f"{what}: {left} have no values"
+    return module.eval()
+
+
+def _build(build: Callable[[], M], what: str) -> M:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # a config may hold anything; what it holds is not the program's fault
+        raise CheckpointError(f"{what}: no network can be built from its config: {error}") from error
+
+
+def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    missing = expected.keys() - tensors.keys()
+    unexpected = tensors.keys() - expected.keys()
+    shaped = (
+        f"{name} is {_shape(tensors[name])}, due {_shape(tensor)}"
+        for name, tensor in expected.items()
+        if name not in missing and tensors[name].shape != tensor.shape
+    )
+    faults = [
+        f"{len(keys)} {kind} ({', '.join(keys[:LISTED])}{', …' if len(keys) > LISTED else ''})"
+        for kind, keys in (
+            ("missing", sorted(missing)),
+            ("unexpected", sorted(unexpected)),
+            ("of a wrong shape", list(shaped)),
+        )
+        if keys
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{what} does not fit its config: of {len(expected)} tensors, {'; '.join(faults)}"
+        )
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
+    tensor = tensor.to(device=device, dtype=dtype)
+    return (
+        tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.ndim == 4 else tensor
+    )
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    *path, last = name.split(".")
+    owner = module.get_submodule(".".join(path))
+    setattr(owner, last, value)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a single number"
