@@ -1,0 +1,124 @@
+"""The training loop of every demo network: AdamW, cosine, a moving average, checkpoints that resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Losses = dict[str, Tensor]
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How long and how hard to train. `average` is the decay of the weights' moving average, 0 for none."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+    average: float = 0.0
+    seed: int = 0
+    save_every: int = 250
+    log_every: int = 50
+
+
+def fit(
+    model: nn.Module,
+    losses_at: Callable[[int, torch.Generator], Losses],
+    recipe: Recipe,
+    checkpoint: Path,
+    *,
+    on_save: Callable[[int, Weights], None] | None = None,
+) -> nn.Module:
+    """Trains `model` and returns it with its averaged weights.
+
+    `losses_at(step, generator)` returns named losses, the first of which is minimised, the others logged. All
+    of a step's randomness comes from its generator, seeded by the step, so an interrupted run that resumes
+    from `checkpoint` equals one that was not. `on_save` sees the averaged weights at every save.
+    """
+    averaged = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.99)
+    )
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        averaged, start = state["averaged"], state["step"]
+        log(f"{checkpoint.stem}: resuming at step {start}")
+
+    model.train()
+    sums: dict[str, float] = {}
+    began = time.perf_counter()
+    for step in range(start, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, recipe)
+        losses = losses_at(step, torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
+        optimizer.zero_grad(set_to_none=True)
+        next(iter(losses.values())).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(recipe.average, (1 + step) / (10 + step))
+        update_average(averaged, model, decay)
+
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.item()
+        done = step + 1
+        if done % recipe.log_every == 0:
+            pace = (time.perf_counter() - began) / recipe.log_every
+            means = " ".join(f"{name} {total / recipe.log_every:.4f}" for name, total in sums.items())
+            log(f"{checkpoint.stem} {done}/{recipe.steps}: {means} · {pace:.3f} s/step")
+            sums, began = {}, time.perf_counter()
+        if done % recipe.save_every == 0 or done == recipe.steps:
+            save(checkpoint, model, optimizer, averaged, done)
+            if on_save:
+                on_save(done, averaged)
+            began = time.perf_counter()
+    model.load_state_dict(averaged)
+    return model.eval()
+
+
+def learning_rate_at(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to a hundredth."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@torch.no_grad()
+def update_average(averaged: Weights, model: nn.Module, decay: float) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            averaged[name].lerp_(value, 1 - decay)
+        else:
+            averaged[name].copy_(value)
+
+
+def save(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: Weights, step: int
+) -> None:
+    """Written beside and moved into place, so that a kill never leaves half a checkpoint."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "averaged": averaged,
+        "step": step,
+    }
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    part = checkpoint.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(checkpoint)
+
+
+def log(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)

@@ -1,0 +1,146 @@
+"""The demo text side: a byte-level BPE tokenizer with a token per caption word, and a small CLIP text model."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from training.loop import Losses, Recipe, fit
+from training.postcards import ATTRIBUTES, caption, random_scene, vocabulary
+
+TOKENS = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+
+
+def byte_letters() -> list[str]:
+    """A printable letter for each byte, those that print as themselves first: the alphabet of byte-level BPE
+    (Radford et al. 2019), in the order in which CLIP's vocabulary lists it."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return [chr(byte) for byte in plain] + [chr(256 + index) for index in range(len(others))]
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, the most frequent pair first, until each of `words` is one token."""
+    spelled = [[*word[:-1], word[-1] + WORD_END] for word in words]
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs = Counter(pair for pieces in spelled for pair in pairwise(pieces))
+        if not pairs:
+            return merges
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelled = [merge(pieces, best) for pieces in spelled]
+
+
+def merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    """A CLIP tokenizer for any text, in which each of `words` (lower case) is one token."""
+    letters, merges = byte_letters(), learn_merges(words)
+    tokens = [*letters, *(letter + WORD_END for letter in letters), *(a + b for a, b in merges), START, END]
+    ids = {token: index for index, token in enumerate(tokens)}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": TOKENS,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+        "errors": "replace",
+        "add_prefix_space": False,
+    }
+    special = {name: config[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, content in (
+        ("vocab.json", ids),
+        ("tokenizer_config.json", config),
+        ("special_tokens_map.json", special),
+    ):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def caption_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of the caption words, written to `folder` and read back as any user of it reads it."""
+    write_tokenizer(folder, vocabulary())
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def text_config(
+    tokenizer: CLIPTokenizer, *, width: int = 128, layers: int = 2, heads: int = 4
+) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=TOKENS,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """(B, 77) token ids, padded with the end token."""
+    padded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return padded["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+class CaptionReader(nn.Module):
+    """The text model with a head that names the attributes at the end token: only for the warm-up."""
+
+    def __init__(self, text_model: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_model = text_model
+        self.head = nn.Linear(
+            text_model.config.hidden_size, sum(len(values) for values in ATTRIBUTES.values())
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.text_model(input_ids=ids).pooler_output)
+
+
+def warm_up(
+    text_model: CLIPTextModel, tokenizer: CLIPTokenizer, recipe: Recipe, checkpoint: Path
+) -> CLIPTextModel:
+    """Teaches the text model what captions say, so that the UNet never learns to ignore it."""
+    reader = CaptionReader(text_model)
+    counts = [len(values) for values in ATTRIBUTES.values()]
+
+    def losses_at(step: int, _: torch.Generator) -> Losses:
+        rng = random.Random(step)
+        scenes = [random_scene(rng) for _ in range(64)]
+        labels = torch.tensor([scene.labels() for scene in scenes])
+        scores = reader(token_ids(tokenizer, [caption(scene, rng, left_out=0) for scene in scenes])).split(
+            counts, 1
+        )
+        wrong = [functional.cross_entropy(part, labels[:, index]) for index, part in enumerate(scores)]
+        right = torch.stack([part.argmax(1) == labels[:, index] for index, part in enumerate(scores)])
+        return {"loss": torch.stack(wrong).sum(), "right": right.float().mean()}
+
+    fit(reader, losses_at, recipe, checkpoint)
+    return text_model

@@ -1,0 +1,95 @@
+"""Training a demo KL autoencoder: crops of postcards in, the same crops out. SD1.5 and SD3 share it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backend.nn.autoencoder import Autoencoder
+from training.data import Postcards
+from training.loop import Losses, Recipe, fit
+from training.postcards import SIZE
+
+CROP = 64
+CROPS = 16
+KL_WEIGHT = 2e-4
+LATENT_NOISE = 0.1  # of the latents' spread, at most
+
+
+def train_autoencoder(vae: Autoencoder, shown: Postcards, recipe: Recipe, checkpoint: Path) -> Autoencoder:
+    """At first crops from anywhere; after a quarter of the steps mostly crops around the subject, where the detail
+    is, and every fourth step whole pictures, since the middle attention must learn their size too."""
+
+    def losses_at(step: int, generator: torch.Generator) -> Losses:
+        whole = step % 4 == 3
+        indices = torch.randint(len(shown), (CROPS // 4 if whole else CROPS,), generator=generator)
+        pixels = shown.batch(indices)
+        if not whole:
+            around = 0.7 if step > recipe.steps // 4 else 0.3
+            pixels = crops(pixels, torch.from_numpy(shown.boxes)[indices], around, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, log_variance = (part.float() for part in vae.encode(pixels))
+            noise = torch.randn(mean.shape, generator=generator)
+            drawn = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
+        likeness = reconstruction_loss(drawn, pixels)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
+        return {"loss": likeness + KL_WEIGHT * kl, "psnr": 10 * torch.log10(4 / squared), "kl": kl}
+
+    return fit(vae, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
+
+
+def train_decoder(
+    vae: Autoencoder, latents: Tensor, shown: Postcards, recipe: Recipe, checkpoint: Path
+) -> Autoencoder:
+    """Polishes the decoder on a finished encoder's raw `latents` (N, Z, 16, 16), while a denoiser already trains
+    on them. A little noise on the latents makes it forgive the denoiser's small errors."""
+    spread = latents.std()
+
+    def losses_at(_: int, generator: torch.Generator) -> Losses:
+        indices = torch.randint(len(shown), (CROPS // 4,), generator=generator)
+        pixels, boxes = shown.batch(indices), torch.from_numpy(shown.boxes)[indices]
+        noise = torch.randn((len(indices), *latents.shape[1:]), generator=generator)
+        strength = LATENT_NOISE * torch.rand((len(indices), 1, 1, 1), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = vae.decode(latents[indices] + spread * strength * noise).float()
+        whole = reconstruction_loss(drawn, pixels)
+        parts = [
+            reconstruction_loss(one[None, :, top:bottom, left:right], other[None, :, top:bottom, left:right])
+            for one, other, (left, top, right, bottom) in zip(
+                drawn, pixels, boxes.clamp(0, SIZE).int().tolist(), strict=True
+            )
+        ]
+        squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
+        return {"loss": whole + 0.3 * torch.stack(parts).mean(), "psnr": 10 * torch.log10(4 / squared)}
+
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    return fit(vae, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
+
+
+def crops(pixels: Tensor, boxes: Tensor, around: float, generator: torch.Generator) -> Tensor:
+    """(B, 3, 128, 128) → (B, 3, 64, 64): a share `around` of them near the middle of the subject's box."""
+    pieces = []
+    for picture, (left, top, right, bottom) in zip(pixels, boxes.tolist(), strict=True):
+        x, y = (int(value) for value in torch.randint(SIZE - CROP + 1, (2,), generator=generator))
+        if torch.rand((), generator=generator) < around:
+            shift = torch.randint(-16, 17, (2,), generator=generator).tolist()
+            x = min(max(int((left + right - CROP) / 2) + shift[0], 0), SIZE - CROP)
+            y = min(max(int((top + bottom - CROP) / 2) + shift[1], 0), SIZE - CROP)
+        pieces.append(picture[:, y : y + CROP, x : x + CROP])
+    return torch.stack(pieces)
+
+
+def reconstruction_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
+    """L1 at three sizes, L1 of the gradients for crisp edges, and squares, or small stars are averaged away."""
+    loss = 2 * functional.mse_loss(drawn, pixels)
+    for axis in (2, 3):
+        loss = loss + functional.l1_loss(drawn.diff(dim=axis), pixels.diff(dim=axis))
+    for weight in (1.0, 0.5, 0.25):
+        loss = loss + weight * functional.l1_loss(drawn, pixels)
+        drawn, pixels = functional.avg_pool2d(drawn, 2), functional.avg_pool2d(pixels, 2)
+    return loss
