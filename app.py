@@ -1,0 +1,155 @@
+"""Arguments → Settings → Studio → the page. Importing this starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from backend import Settings, Studio
+from backend.errors import InvalidRequest
+from backend.requests import DTYPES
+from backend.settings import DEVICES
+
+PREFIX = "TRIPTYCH_"
+ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"triptych: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    settings = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    check_port(settings)
+    copies = tempfile.mkdtemp(prefix="triptych-")  # Gradio's copies of what it serves; its default is shared
+    os.environ["GRADIO_TEMP_DIR"] = copies
+    try:
+        serve(settings)
+    finally:
+        shutil.rmtree(copies, ignore_errors=True)
+
+
+def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from flags over environment variables; a value that cannot be ends the program with code 2."""
+    parser = _parser()
+    for field in dataclasses.fields(Settings):
+        text = environment.get(PREFIX + field.name.upper())
+        if text is not None:
+            value = _switch(parser, field.name, text) if isinstance(field.default, bool) else text
+            parser.set_defaults(**{field.name: value})
+    try:
+        return Settings(**vars(parser.parse_args(arguments)))
+    except InvalidRequest as error:
+        parser.error(str(error))
+
+
+def _parser() -> Parser:
+    default = Settings()
+    parser = Parser(
+        prog="app.py",
+        description="Triptych, a text-to-image studio in the browser.",
+        epilog=f"Each flag is an environment variable too: --models-dir is {PREFIX}MODELS_DIR.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--host", default=default.host, metavar="H", help="address to listen on")
+    add("--port", default=default.port, type=int, metavar="P", help="port to listen on; 0 takes a free one")
+    add("--share", action="store_true", help="make a public share link")
+    add("--auth", metavar="USER:PASSWORD", help="ask for this user and password")
+    add("--device", default=default.device, metavar="D", help=", ".join(DEVICES))
+    add("--dtype", default=default.dtype, metavar="T", help=", ".join(DTYPES))
+    add("--vram", type=float, metavar="GIB", help="use at most this much memory of the device")
+    add("--models-dir", type=Path, metavar="DIR", help="where checkpoints are kept and looked for")
+    add("--home", default=default.home, type=Path, metavar="DIR", help="where pictures and history go")
+    add("--offline", action="store_true", help="never use the network")
+    add("--public", action="store_true", help="strangers may come: known checkpoints only, and limits")
+    return parser
+
+
+def _switch(parser: Parser, name: str, text: str) -> bool:
+    word = text.strip().lower()
+    if word not in ON + OFF:
+        parser.error(f"{PREFIX}{name.upper()} is {text!r}; it can be 1 or 0")
+    return word in ON
+
+
+def check_port(settings: Settings) -> None:
+    """End with a clear line when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((settings.host, settings.port))
+    except OSError as error:
+        reason = error.strerror or error
+        print(
+            f"triptych: cannot listen on {settings.host} port {settings.port} ({reason}); "
+            "choose another with --port, 0 takes a free one",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def serve(settings: Settings) -> None:
+    """Run until Ctrl-C or SIGTERM."""
+    from ui import blocks, theme  # imports Gradio, which reads GRADIO_TEMP_DIR
+    from ui.jobs import Jobs
+
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    studio = Studio(settings)
+    jobs = Jobs(studio)
+    demo = blocks.build(jobs)
+    demo.launch(
+        server_name=settings.host,
+        server_port=settings.port or free_port(settings.host),
+        share=settings.share,
+        auth=_login(settings.auth),
+        allowed_paths=[str(settings.home / "outputs")],
+        theme=theme.theme(),
+        css_paths=[theme.STYLE],
+        js=theme.PAGE.read_text(encoding="utf-8"),
+        footer_links=["api"],
+        run_history=False,
+        ssr_mode=False,
+        quiet=not settings.share,  # with a share link Gradio prints the local address before it asks for one
+        prevent_thread_lock=True,
+    )
+    if not settings.share:
+        print(f"Triptych is at {demo.local_url}", flush=True)
+    threading.Thread(target=studio.warm, daemon=True, name="warm").start()
+    ended.wait()
+    demo.close(verbose=False)
+    jobs.close()
+
+
+def _login(auth: str | None) -> tuple[str, str] | None:
+    user, _, password = (auth or "").partition(":")
+    return (user, password) if auth else None
+
+
+def free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The page and the endpoints, over `backend.Studio`. Nothing here imports torch."""

@@ -1,0 +1,160 @@
+"""The controls of a tab: components by the name of the request field that they fill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from backend.sampling.catalog import SAMPLER_INFO
+
+SHAPES = {"1:1": 1.0, "3:2": 3 / 2, "2:3": 2 / 3, "16:9": 16 / 9, "9:16": 9 / 16}
+CUSTOM = "custom"
+PRECISIONS = [
+    ("automatic", "auto"),
+    ("32 bit", "float32"),
+    ("16 bit (bfloat16)", "bfloat16"),
+    ("16 bit (float16)", "float16"),
+]
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Components by request field, in a fixed order; `fields` of a handler's values and back."""
+
+    by_field: Mapping[str, gr.components.Component]
+
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        return list(self.by_field.values())
+
+    def fields(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The request's fields from the components' values."""
+        fields = dict(zip(self.by_field, values, strict=True))
+        return fields | {"seed": _seed(fields["seed"])}
+
+    def filled(self, settings: dict[str, Any]) -> list[Any]:
+        """Values for `inputs` that ask for the same pictures again."""
+        shown = settings | {"seed": str(settings["seed"]), "config_from": settings["config_from"] or ""}
+        return [shown[field] for field in self.by_field]
+
+
+def _seed(text: str) -> Any:
+    """An empty field is a random seed; what is no number goes on as it is, and the request names it."""
+    text = text.strip()
+    return int(text) if text.removeprefix("-").isdecimal() else text or -1
+
+
+def fit(shape: str, native: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The width and height of a shape with the checkpoint's native area, in its multiple."""
+    ratio = SHAPES[shape]
+    side = math.sqrt(native[0] * native[1])
+    width, height = side * math.sqrt(ratio), side / math.sqrt(ratio)
+    return round(width / multiple) * multiple, round(height / multiple) * multiple
+
+
+def shape_of(width: int, height: int, native: tuple[int, int], multiple: int) -> str:
+    """The shape that gives this size, else custom."""
+    matches = (shape for shape in SHAPES if fit(shape, native, multiple) == (width, height))
+    return next(matches, CUSTOM)
+
+
+def prompts() -> dict[str, gr.components.Component]:
+    return {
+        "prompt": gr.Textbox(
+            label="Prompt", lines=3, max_lines=8, placeholder="What should the picture show?"
+        ),
+        "negative_prompt": gr.Textbox(
+            label="Negative prompt", lines=1, max_lines=4, placeholder="What should it leave out?"
+        ),
+    }
+
+
+def size_and_shape(
+    defaults: Mapping[str, Any], multiple: int
+) -> tuple[gr.Radio, dict[str, gr.components.Component]]:
+    shape = gr.Radio(
+        [*SHAPES, CUSTOM], value="1:1", label="Shape", elem_classes="segmented", interactive=True
+    )
+    with gr.Row(elem_classes="pair"):
+        numbers: dict[str, gr.components.Component] = {
+            side: gr.Number(
+                value=defaults[side], label=side.capitalize(), precision=0, step=multiple, min_width=90
+            )
+            for side in ("width", "height")
+        }
+    return shape, numbers
+
+
+def seed_and_count() -> tuple[gr.Button, gr.Button, dict[str, gr.components.Component]]:
+    with gr.Row(elem_classes="seed-row"):
+        # Text, as an empty gr.Number sends 0.
+        seed = gr.Textbox(label="Seed", placeholder="random", max_lines=1, min_width=120)
+        random = gr.Button("Random", size="sm", min_width=76, scale=0, elem_classes="quiet")
+        reuse = gr.Button("Reuse last", size="sm", min_width=92, scale=0, elem_classes="quiet")
+    count = gr.Slider(1, 8, value=1, step=1, label="Number of pictures", buttons=[])
+    return random, reuse, {"seed": seed, "num_images": count}
+
+
+def sampling(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
+    return {
+        "steps": gr.Slider(1, 150, value=defaults["steps"], step=1, label="Steps", buttons=[]),
+        "guidance_scale": gr.Slider(
+            0, 30, value=defaults["guidance_scale"], step=0.1, label="Guidance", buttons=[]
+        ),
+    }
+
+
+def sampler(default: str) -> gr.Dropdown:
+    choices = [(info.label, name) for name, info in SAMPLER_INFO.items()]
+    return gr.Dropdown(choices, value=default, label="Sampler", info=sampler_note(default), filterable=False)
+
+
+def sampler_note(name: str) -> str:
+    info = SAMPLER_INFO[name]
+    cost = "1 pass" if info.cost == 1 else f"{info.cost:g} passes"
+    return f"{info.note} {info.recommended_steps} steps recommended, {cost} through the network each."
+
+
+def checkpoint(names: Sequence[str]) -> gr.Dropdown:
+    return gr.Dropdown(
+        list(names),
+        value=names[0],
+        label="Checkpoint",
+        info="A name from the list, a Hugging Face repository, a folder, or a .safetensors file.",
+        allow_custom_value=True,
+        elem_classes="checkpoint",
+    )
+
+
+def advanced() -> dict[str, gr.components.Component]:
+    """The fields of the Advanced fold that every family has."""
+    return {
+        "dtype": gr.Dropdown(
+            PRECISIONS,
+            value="auto",
+            label="Precision",
+            info="16 bit takes half the memory of 32.",
+            filterable=False,
+        ),
+        "clip_skip": gr.Slider(
+            0,
+            11,
+            value=0,
+            step=1,
+            label="CLIP skip",
+            info="Leave out the last layers of the text encoder.",
+            buttons=[],
+        ),
+        "raw_prompt": gr.Checkbox(
+            value=False, label="Raw prompt", info="Take (brackets:1.2) literally and cut after 77 tokens."
+        ),
+        "config_from": gr.Textbox(
+            label="Configuration from",
+            placeholder="only for single files that do not tell",
+            info="A folder or repository that completes a single-file checkpoint.",
+        ),
+    }

@@ -1,0 +1,223 @@
+"""What happens on a click and on a call: values become a request, events what is shown or returned."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import gradio as gr
+from gradio.data_classes import FileData
+
+from backend import Studio
+from backend.errors import InvalidRequest, StorageError, TriptychError
+from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
+from backend.requests import REQUESTS, Request
+from ui import render
+from ui.jobs import Jobs
+
+log = logging.getLogger("triptych")
+
+UNEXPECTED = (
+    "Something went wrong inside Triptych; the server's log has the details. The next request can go on."
+)
+Update = dict[Any, Any]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Easel:
+    """The components that a running request writes to; `last` keeps the settings of the last picture."""
+
+    canvas: gr.HTML
+    status: gr.HTML
+    plan: gr.HTML
+    last: gr.State
+
+    @property
+    def outputs(self) -> list[gr.components.Component]:
+        return [self.canvas, self.status, self.plan, self.last]
+
+
+def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Request]) -> Callable[..., Any]:
+    """The handler of the Generate button: values of the controls in, updates of the easel out."""
+    outputs = jobs.studio.settings.home / "outputs"
+
+    async def paint(*values: Any) -> AsyncIterator[Update]:
+        try:
+            yield {easel.status: render.starting("Starting…")}
+            request = request_of(values)
+            async with aclosing(jobs.events(request)) as events:
+                async for event in events:
+                    yield _shown(event, easel, outputs)
+        except Exception as error:
+            text = explain(error)
+            yield _failed(error, text, easel)
+            raise gr.Error(escape(text), title="Not painted", print_exception=False) from error
+
+    return paint
+
+
+def _shown(event: Event | None, easel: Easel, outputs: Path) -> Update:
+    match event:
+        case Waiting():
+            return {easel.status: render.starting("Waiting: another picture holds the device…")}
+        case Planned(plan=plan):
+            return {easel.plan: render.plan(plan.to_dict())}
+        case Loading():
+            return {easel.status: render.loading(event)}
+        case Step(previews=images) if images:
+            return {easel.status: render.step(event), easel.canvas: render.previews(images)}
+        case Step():
+            return {easel.status: render.step(event)}
+        case Notice(text=text):
+            gr.Info(escape(text), title="Note")
+            return {easel.status: gr.skip()}
+        case Finished(result=result):
+            return {
+                easel.canvas: render.pictures(result, outputs),
+                easel.status: render.done(result, outputs),
+                easel.last: result.settings,
+            }
+        case None:
+            return {easel.status: gr.skip()}
+
+
+def _failed(error: Exception, text: str, easel: Easel) -> Update:
+    """The text on the progress line; the canvas stays, unless there are pictures that nothing else holds."""
+    update: Update = {easel.status: render.failed(text)}
+    if isinstance(error, StorageError) and error.images:
+        update[easel.canvas] = render.unsaved(error.images)
+    return update
+
+
+def explain(error: Exception) -> str:
+    """The user's text of an error; one that nobody foresaw goes to the log and is not shown."""
+    if isinstance(error, TriptychError):
+        return str(error)
+    log.error("unexpected error", exc_info=error)
+    return UNEXPECTED
+
+
+# ---- endpoints
+
+
+def endpoint(jobs: Jobs, family: type[Request]) -> Callable[..., Any]:
+    """The `gr.api` function of a family: its parameters are the fields of the request, with their defaults.
+
+    Streams `([], {phase, step, steps, eta_s})`, ends with `(PNG files, {seeds, plan, timings, …})`.
+    """
+
+    async def serve(*values: Any) -> AsyncIterator[tuple[list[Json], Json]]:
+        try:
+            request = build(family, dict(zip(parameters, values, strict=True)))
+            async with aclosing(jobs.events(request)) as events:
+                async for event in events:
+                    yield _answer(event)
+        except Exception as error:
+            raise gr.Error(explain(error), print_exception=False) from error
+
+    parameters = _parameters(family)
+    returns = tuple[list[Json], Json]
+    serve.__signature__ = inspect.Signature(list(parameters.values()), return_annotation=returns)
+    serve.__annotations__ = {name: p.annotation for name, p in parameters.items()} | {"return": returns}
+    serve.__name__ = family.family
+    serve.__doc__ = f"Paint pictures. {inspect.getdoc(family)}"
+    return serve
+
+
+def _parameters(family: type[Request]) -> dict[str, inspect.Parameter]:
+    types = get_type_hints(family)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return {
+        field.name: inspect.Parameter(field.name, kind, default=field.default, annotation=types[field.name])
+        for field in fields(family)
+    }
+
+
+def build(family: type[Request], values: Mapping[str, Any]) -> Request:
+    """A request from a page's or a client's values, where tuples are lists and no `config_from` is empty."""
+    given: dict[str, Any] = {name: _frozen(value) for name, value in values.items()}
+    given["config_from"] = given.get("config_from") or None
+    return family(**given)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def _answer(event: Event | None) -> tuple[list[Json], Json]:
+    match event:
+        case Step():
+            return [], _progress(event.phase, event.step, event.steps, event.eta_s)
+        case Loading():
+            return [], _progress(f"{event.action} {event.component}", event.done_bytes, event.total_bytes)
+        case Waiting():
+            return [], _progress("waiting")
+        case Finished(result=result):
+            return _files(result), _facts(result)
+        case _:
+            return [], _progress("working")
+
+
+def _progress(phase: str, step: int = 0, steps: int = 0, eta_s: float | None = None) -> Json:
+    return {"phase": phase, "step": step, "steps": steps, "eta_s": eta_s}
+
+
+def _files(result: Result) -> list[Json]:
+    # As dictionaries: gr.api refuses to serve a FileData object and leaves a bare path on the server.
+    return [FileData(path=str(file), orig_name=file.name).model_dump() for file in result.files]
+
+
+def _facts(result: Result) -> Json:
+    return {
+        "seeds": result.seeds,
+        "plan": result.plan.to_dict(),
+        "timings": result.timings,
+        "settings": result.settings,
+        "peak_bytes": result.peak_bytes,
+        "notices": result.notices,
+    }
+
+
+def planner(studio: Studio) -> Callable[[str, Json], Json]:
+    """The `/plan` endpoint: a family's name and the fields of a request in, the plan out."""
+
+    def plan(family: str, request: Json) -> Json:
+        """The memory plan of a request, loading and downloading nothing."""
+        try:
+            return studio.plan(_unbuilt(family, request)).to_dict()
+        except Exception as error:
+            raise gr.Error(explain(error), print_exception=False) from error
+
+    return plan
+
+
+def _unbuilt(family: Any, values: Any) -> Request:
+    if family not in REQUESTS:
+        raise InvalidRequest(f"family is {family!r}; it can be {', '.join(REQUESTS)}")
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"request is {values!r}; it must be an object of request fields")
+    known = [field.name for field in fields(REQUESTS[family])]
+    for name in values:
+        if name not in known:
+            raise InvalidRequest(f"request has no field {name!r}; it can have {', '.join(known)}")
+    return build(REQUESTS[family], values)
+
+
+def plan_in_words(studio: Studio, family: type[Request], names: Sequence[str]) -> Callable[..., str]:
+    """The plan of what the named controls ask for, or why there is none."""
+
+    def words(*values: Any) -> str:
+        try:
+            request = build(family, dict(zip(names, values, strict=True)))
+            return render.plan(studio.plan(request).to_dict())
+        except Exception as error:  # noqa: BLE001 (explained on the page, or logged)
+            return render.no_plan(explain(error))
+
+    return words

@@ -1,0 +1,115 @@
+"""One worker thread a job, its events handed to the event loop.
+
+Gradio moves a synchronous generator between threads and closes it late; a thread of our own keeps torch's
+thread-local state whole and lets go of the device as soon as the stop event is seen, within a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+from backend import Studio
+from backend.events import Event, Step, Waiting
+from backend.requests import Request
+
+TICK = 0.5  # seconds: Gradio notices a closed tab only when the handler yields
+
+
+class Jobs:
+    """Runs requests on the studio and remembers the running ones, so that they can be stopped at exit."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self._running: WeakKeyDictionary[threading.Thread, threading.Event] = WeakKeyDictionary()
+
+    async def events(self, request: Request) -> AsyncGenerator[Event | None]:
+        """Yield the request's events, and None when nothing came for a tick; closing it stops the job.
+
+        Of several steps that came since the last look, only the newest is passed on: a slow client sees fewer
+        previews and never holds the device up. Raises what `Studio.generate` raises.
+        """
+        box = _Box(asyncio.get_running_loop())
+        stop = threading.Event()
+        thread = threading.Thread(target=self._work, args=(request, stop, box), daemon=True, name="job")
+        self._running[thread] = stop
+        thread.start()
+        try:
+            while not box.closed:
+                for event in await box.take(TICK):
+                    yield event
+            if box.error is not None:
+                raise box.error
+        finally:
+            stop.set()
+
+    def _work(self, request: Request, stop: threading.Event, box: _Box) -> None:
+        error: BaseException | None = None
+        try:
+            for event in self.studio.generate(request, stop):
+                box.put(event)
+        except BaseException as caught:  # noqa: BLE001 (handed to the handler, whatever it is)
+            error = caught
+        box.close(error)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Stop every running job and wait for its thread."""
+        running = list(self._running.items())
+        for _, stop in running:
+            stop.set()
+        for thread, _ in running:
+            thread.join(timeout / len(running))
+
+
+class _Box:
+    """Events from a thread to a coroutine: nothing is lost when a wait times out."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._arrived = asyncio.Event()
+        self._events: deque[Event] = deque()
+        self._finished = False
+        self.error: BaseException | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self._finished and not self._events
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def close(self, error: BaseException | None) -> None:
+        self.error = error
+        self._finished = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed: the server is gone, nobody waits
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self, timeout: float) -> list[Event | None]:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), timeout)
+            self._arrived.clear()
+            return list(newest([self._events.popleft() for _ in range(len(self._events))]))
+        return [None]
+
+
+def newest(events: Iterable[Event]) -> list[Event]:
+    """Merge runs of steps of one phase, and of waiting, into their last; the last previews are kept."""
+    kept: list[Event] = []
+    for event in events:
+        last = kept[-1] if kept else None
+        if isinstance(event, Waiting) and isinstance(last, Waiting):
+            continue
+        if isinstance(event, Step) and isinstance(last, Step) and event.phase == last.phase:
+            kept[-1] = event if event.previews else replace(event, previews=last.previews)
+        else:
+            kept.append(event)
+    return kept

@@ -1,0 +1,240 @@
+"""What the page says, as HTML: the canvas, the progress line, the plan, the note about the checkpoint.
+
+Every value from outside is escaped here. The components that show these strings keep Gradio's plain
+`${value}` template: a template of their own would be evaluated as JavaScript, the values in it too.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from PIL.Image import Image
+
+from backend.events import Loading, Result, Step
+
+PHASES = {"encode": "Reading the prompt", "denoise": "Painting", "decode": "Developing"}
+COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
+QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
+
+LOGO = """
+<header class="masthead">
+  <svg viewBox="0 0 34 24" width="34" height="24" aria-hidden="true">
+    <path d="M1 4 9 1v22l-8-3z"/><path d="M12 1h10v22H12z"/><path d="m25 1 8 3v16l-8 3z"/></svg>
+  <h1>Triptych</h1><p>a text-to-image studio</p>
+</header>"""
+
+
+# ---- the canvas
+
+
+def idle() -> str:
+    keys = "<kbd>Ctrl</kbd> <kbd>Enter</kbd> paints it, <kbd>Esc</kbd> stops."
+    return _canvas("idle", f'<p class="hint">Your picture appears here.<br>{keys}</p>')
+
+
+def previews(images: Sequence[Image]) -> str:
+    tiles = [_tile(data_url(image), "Preview", image.width / image.height) for image in images]
+    return _canvas("busy", "".join(tiles), len(tiles))
+
+
+def pictures(result: Result, outputs: Path) -> str:
+    """The finished pictures, shown from their PNG files."""
+    ratio, prompt = result.settings["width"] / result.settings["height"], result.settings["prompt"]
+    tiles = [_tile(file_url(file, outputs), prompt, ratio) for file in result.files]
+    return _canvas("done", "".join(tiles), len(tiles))
+
+
+def unsaved(images: Sequence[Image]) -> str:
+    """Pictures that could not be written, carried by the page itself: a click saves them from the browser."""
+    tiles = [_tile(data_url(image, "png"), "Unsaved picture", image.width / image.height) for image in images]
+    return _canvas("done", "".join(tiles), len(tiles))
+
+
+def _canvas(state: str, inner: str, count: int = 1) -> str:
+    return f'<div class="canvas" data-state="{state}" style="--columns:{COLUMNS[count]}">{inner}</div>'
+
+
+def _tile(url: str, alt: str, ratio: float) -> str:
+    image = f'<img src="{escape(url)}" alt="{escape(alt)}" style="--ratio:{ratio:.4f}" draggable="true">'
+    return f'<button type="button" class="tile" aria-label="Enlarge: {escape(alt)}">{image}</button>'
+
+
+def data_url(image: Image, kind: str = "jpeg") -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, kind, quality=QUALITY)
+    return _base64(buffer.getvalue(), kind)
+
+
+def file_url(file: Path, outputs: Path) -> str:
+    """Where the page finds a picture: the very file, so that a download keeps its text chunk.
+
+    One that had to be written elsewhere travels in the page: the server serves the outputs alone.
+    """
+    if file.is_relative_to(outputs):
+        return f"gradio_api/file={quote(file.as_posix())}"
+    return _base64(file.read_bytes(), "png")
+
+
+def _base64(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- the progress line
+
+
+def ready() -> str:
+    return _status("idle", "<p>Ready.</p>")
+
+
+def starting(text: str = "Waiting for a place…") -> str:
+    return _status("busy", _bar(None) + f"<p>{escape(text)}</p>")
+
+
+def loading(event: Loading) -> str:
+    verb = "Downloading" if event.action == "download" else "Loading"
+    share = event.done_bytes / event.total_bytes if event.total_bytes else None
+    of = f" of {size(event.total_bytes)}" if event.total_bytes else ""
+    text = f"{verb} {escape(event.component)} <span>{size(event.done_bytes)}{of}</span>"
+    return _status("busy", _bar(share) + f"<p>{text}</p>")
+
+
+def step(event: Step) -> str:
+    name = PHASES.get(event.phase, event.phase.replace("_", " ").capitalize())
+    left = "" if event.eta_s is None or event.eta_s < 0.05 else f" <span>{seconds(event.eta_s)} left</span>"
+    count = f" · step {event.step} of {event.steps}" if event.steps > 1 else ""
+    return _status("busy", _bar(event.step / max(event.steps, 1)) + f"<p>{escape(name)}{count}{left}</p>")
+
+
+def done(result: Result, outputs: Path) -> str:
+    peak = f" · peak memory {size(result.peak_bytes)}" if result.peak_bytes else ""
+    links = "".join(
+        _download(file, seed, outputs) for file, seed in zip(result.files, result.seeds, strict=False)
+    )
+    noun = "picture" if len(result.files) == 1 else "pictures"
+    text = f"<p>{len(result.files)} {noun} in {seconds(result.timings['total'])}{peak}</p>"
+    return _status("done", f'{text}<ul class="files">{links}</ul>{notices(result.notices)}')
+
+
+def failed(text: str) -> str:
+    return _status("failed", f'<p role="alert">{escape(text)}</p>')
+
+
+def stopped() -> str:
+    return _status("idle", "<p>Stopped.</p>")
+
+
+def notices(texts: Iterable[str]) -> str:
+    return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
+
+
+def _download(file: Path, seed: int, outputs: Path) -> str:
+    href, label = escape(file_url(file, outputs)), f"Download the PNG of seed {seed}"
+    return (
+        f'<li><a href="{href}" download="{escape(file.name)}" aria-label="{label}">'
+        f"<span>seed</span> {seed} <b>PNG ↓</b></a></li>"
+    )
+
+
+def _status(state: str, inner: str) -> str:
+    live = "" if state == "busy" else ' role="status"'
+    return f'<div class="status" data-state="{state}"{live}>{inner}</div>'
+
+
+def _bar(share: float | None) -> str:
+    if share is None:
+        return '<div class="bar" role="progressbar" aria-label="Progress"><i class="unknown"></i></div>'
+    percent = round(100 * min(share, 1))
+    return (
+        f'<div class="bar" role="progressbar" aria-label="Progress" aria-valuenow="{percent}">'
+        f'<i style="width:{percent}%"></i></div>'
+    )
+
+
+# ---- the plan
+
+
+def plan(shape: Mapping[str, Any]) -> str:
+    """The plan in words, from `Plan.to_dict()`."""
+    head = (
+        f"<p>Runs on <b>{escape(str(shape['device']))}</b>: at most <b>{size(shape['peak_bytes'])}</b>"
+        f" of the <b>{size(shape['budget_bytes'])}</b> that it may use.</p>"
+    )
+    rows = "".join(_phase(phase) for phase in shape["phases"])
+    reasons = "".join(f"<li>{escape(text)}</li>" for text in shape["decisions"])
+    table = (
+        '<table><thead><tr><th scope="col">Phase</th><th scope="col">Uses</th>'
+        f'<th scope="col">Peak</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+    return f'<section class="plan"><h2>Memory plan</h2>{head}{table}<ul>{reasons}</ul></section>'
+
+
+def no_plan(text: str) -> str:
+    return f'<section class="plan"><h2>Memory plan</h2><p class="problem">{escape(text)}</p></section>'
+
+
+def _phase(phase: Mapping[str, Any]) -> str:
+    parts = "<br>".join(_component(part) for part in phase["components"])
+    name, peak = escape(phase["name"]), size(phase["peak_bytes"])
+    return f'<tr><th scope="row">{name}</th><td>{parts}</td><td>{peak}</td></tr>'
+
+
+def _component(part: Mapping[str, Any]) -> str:
+    how = escape(f"{part['precision']}, {part['placement']}")
+    return f"<b>{escape(part['name'])}</b> {size(part['bytes'])}, {how}"
+
+
+# ---- the checkpoint
+
+
+def examples(texts: Sequence[str]) -> str:
+    """Prompts to click on; `PICK` reads them from their attribute."""
+    chips = "".join(
+        f'<button type="button" data-prompt="{escape(text)}">{escape(text)}</button>' for text in texts
+    )
+    return f'<div class="examples"><span>Try</span>{chips}</div>' if texts else ""
+
+
+def vocabulary(words: Mapping[str, Sequence[str]]) -> str:
+    """The note of a built-in demo checkpoint: what it is, what it knows, how to leave it."""
+    rows = "".join(
+        f"<dt>{escape(kind)}</dt><dd>{escape(', '.join(known))}</dd>"
+        for kind, known in words.items()
+        if known
+    )
+    return (
+        '<div class="note"><p><b>This is the built-in demo</b>, a very small model that paints flat postcards'
+        " and nothing else. For any other picture choose a full checkpoint under <b>Advanced</b>.</p>"
+        f"<details><summary>The words it knows</summary><dl>{rows}</dl></details></div>"
+    )
+
+
+def licence(title: str, text: str) -> str:
+    terms = f" Licence of its weights: {escape(text)}." if text else ""
+    return f'<div class="note"><p><b>{escape(title)}</b>.{terms}</p></div>'
+
+
+def problem(text: str) -> str:
+    return f'<div class="note"><p class="problem" role="alert">{escape(text)}</p></div>'
+
+
+# ---- numbers
+
+
+def seconds(value: float) -> str:
+    if value < 9.95:  # above, the rounding would show 10.0
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def size(count: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}" if count < 10 * scale else f"{count / scale:.0f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
