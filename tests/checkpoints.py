@@ -1,6 +1,6 @@
 """Tiny random checkpoints, made with the reference library, for every test that loads one.
 
-`sd15_folder` writes the hub layout, `sd15_single_file` the same weights under the names of the original release.
+`sd15_folder` writes the hub layout, `sd15_single_file` the same weights under the original release's names.
 The names of the original release are derived here from how its networks are laid out (blocks counted in the
 order in which they run), not read from our own key tables, so that a mistake there shows.
 """
@@ -46,8 +46,8 @@ def sd15_folder(
 ) -> Path:
     """A Stable Diffusion 1.x checkpoint of random weights in hub layout, float32 → `path`.
 
-    Keywords override the UNet's config; `vae`, `text` and `scheduler` the others'. Without any, what single files
-    cannot tell (heads, groups, prediction type, ...) is as published, so that they need no config.
+    Keywords override the UNet's config; `vae`, `text` and `scheduler` the others'. Without any, what single
+    files cannot tell (heads, groups, prediction type, ...) is as published, so that they need no config.
     """
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -89,17 +89,17 @@ def sd15_folder(
         "steps_offset": 1,
         **(scheduler or {}),
     }
-    pipeline = StableDiffusionPipeline(
-        vae=unlike_at_start(AutoencoderKL(**vae_config)),
-        text_encoder=unlike_at_start(CLIPTextModel(CLIPTextConfig(**text_config))),
-        tokenizer=tokenizer,
-        unet=unlike_at_start(UNet2DConditionModel(**unet_config)),
-        scheduler=PNDMScheduler(**scheduler_config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(path)
+    parts: dict[str, Any] = {
+        "vae": unlike_at_start(AutoencoderKL(**vae_config)),
+        "text_encoder": unlike_at_start(CLIPTextModel(CLIPTextConfig(**text_config))),
+        "tokenizer": tokenizer,
+        "unet": unlike_at_start(UNet2DConditionModel(**unet_config)),
+        "scheduler": PNDMScheduler(**scheduler_config),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    StableDiffusionPipeline(**parts).save_pretrained(path)
     return path
 
 
@@ -113,7 +113,7 @@ def unlike_at_start(module: nn.Module) -> Any:
 
 
 def tokenizer_files(path: Path) -> Path:
-    """A byte-level BPE tokenizer in CLIP's form that knows `WORDS` whole, 77 positions → the folder `path`."""
+    """A byte-level BPE tokenizer in CLIP's form that knows `WORDS` whole, 77 positions → `path`."""
     path.mkdir(parents=True, exist_ok=True)
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -220,7 +220,7 @@ def original_unet(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
 
 
 def original_vae(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The original numbers the decoder's blocks from the outermost, and its attention is of 1×1 convolutions."""
+    """The original numbers decoder blocks from the outermost, and its attention is of 1×1 convolutions."""
     levels = len(config["block_out_channels"])
     inside = {
         "conv_shortcut": "nin_shortcut", "group_norm": "norm",

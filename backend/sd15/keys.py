@@ -1,7 +1,7 @@
 """What Stable Diffusion 1.x and 2.x checkpoints are called and hold; no torch here.
 
-The original release keeps all networks in one file, under other names than the hub layout, without their settings.
-Its names are those of the CompVis latent-diffusion networks (arXiv:2112.10752).
+The original release keeps all networks in one file, without their settings, under the names of the CompVis
+latent-diffusion networks (arXiv:2112.10752).
 """
 
 from __future__ import annotations
@@ -19,26 +19,30 @@ COMPONENTS = ("unet", "vae", "text_encoder")
 # The published configs, as far as a single file's tensors cannot tell.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": {
-        "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
+        "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+        "block_out_channels": [320, 640, 1280, 1280],
         "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
         "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
         "cross_attention_dim": 768, "attention_head_dim": 8, "norm_num_groups": 32, "norm_eps": 1e-5,
         "flip_sin_to_cos": True, "freq_shift": 0, "act_fn": "silu", "sample_size": 64,
     },
     "vae": {
-        "in_channels": 3, "out_channels": 3, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
+        "block_out_channels": [128, 256, 512, 512],
         "latent_channels": 4, "norm_num_groups": 32, "scaling_factor": 0.18215, "act_fn": "silu",
         "sample_size": 512,
     },
     "text_encoder": {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        "projection_dim": 768, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+        "max_position_embeddings": 77, "vocab_size": 49408, "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5, "projection_dim": 768,
+        "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
     },
     "scheduler": {
         "_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-        "beta_schedule": "scaled_linear", "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
-        "prediction_type": "epsilon", "timestep_spacing": "leading", "trained_betas": None, "clip_sample": False,
+        "beta_schedule": "scaled_linear", "trained_betas": None, "skip_prk_steps": True,
+        "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon",
+        "timestep_spacing": "leading", "clip_sample": False,
     },
 }  # fmt: skip
 
@@ -150,8 +154,8 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
         out.setdefault(component, {})[ours] = Origin(name, shape[:2] if pointwise else shape)
     if unknown:
         raise CheckpointError(
-            f"of {len(shapes)} tensors, {len(unknown)} belong to no part of a Stable Diffusion 1.x checkpoint "
-            f"({', '.join(unknown[:4])}{', …' if len(unknown) > 4 else ''})"
+            f"of {len(shapes)} tensors, {len(unknown)} belong to no part of a Stable Diffusion 1.x "
+            f"checkpoint ({', '.join(unknown[:4])}{', …' if len(unknown) > 4 else ''})"
         )
     return out
 
@@ -159,8 +163,8 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
 def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """The config of a component whose tensors have these shapes, by our names.
 
-    What shapes cannot tell comes from `settings`, a config of the same kind, or else from the published values.
-    Raises CheckpointError where a tensor that tells something is missing.
+    What shapes cannot tell comes from `settings`, a config of the same kind, or else from the published
+    values. Raises CheckpointError where a tensor that tells something is missing.
     """
     infer = {"unet": _unet_config, "vae": _vae_config, "text_encoder": _text_config}
     try:

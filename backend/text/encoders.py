@@ -11,7 +11,7 @@ from backend.weights.source import Source
 
 
 def load_clip_text(source: Source, component: str, dtype: torch.dtype, device: torch.device) -> CLIPTextModel:
-    """The CLIP text model of a checkpoint (arXiv:2103.00020). Raises CheckpointError where it does not fit."""
+    """The CLIP text model of a checkpoint (arXiv:2103.00020). Raises CheckpointError if it does not fit."""
     published = source.tensors(component, str(dtype).removeprefix("torch."))
     # transformers 5 dropped the prefix; files older than transformers 4.31 hold the positions' numbers too
     tensors = {
@@ -38,5 +38,5 @@ def load_tokenizer(source: Source, component: str = "tokenizer") -> CLIPTokenize
     folder = source.tokenizer(component)
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # noqa: BLE001 (the Rust reader raises plain Exception for damaged files)
+    except Exception as error:  # the Rust reader raises no narrower one for damaged files
         raise CheckpointError(f"{source.name}: the tokenizer in {folder} cannot be read: {error}") from error

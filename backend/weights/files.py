@@ -84,7 +84,7 @@ def shapes(path: Path) -> Shapes:
 class Tensors(Mapping[str, "Tensor"]):
     """The tensors of safetensors files as one mapping.
 
-    A tensor is a view of the mapped file: asking for it reads nothing and copies nothing. It must not be written to.
+    A tensor is a view of the mapped file: asking for it reads and copies nothing. It is not to be written to.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:

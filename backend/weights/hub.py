@@ -26,7 +26,7 @@ HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository at a revision; `cache` is the folder of the hub's cache, None for its usual place."""
+    """A model repository at a revision; `cache` is the hub cache's folder, None for its usual place."""
 
     name: str
     revision: str = "main"
@@ -56,7 +56,7 @@ class Repository:
         return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
     def download(self, file: str, size: int) -> Iterator[int]:
-        """Download one file into the cache, yielding the bytes that are there; an interrupted download goes on.
+        """Download one file into the cache, yielding the bytes that are there; resumes what was broken off.
 
         Raises AccessError, and CheckpointError where the disk is full or the file arrives damaged.
         """
@@ -76,7 +76,7 @@ class Repository:
         yield size
 
     def _resume(self, file: str) -> Iterator[int]:
-        """Put the file's content where `hf_hub_download` expects it: on its own it discards unfinished downloads."""
+        """Put the content where `hf_hub_download` looks first; on its own it discards broken downloads."""
         import httpx2
         from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
         from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
@@ -96,7 +96,8 @@ class Repository:
                 free = shutil.disk_usage(part.parent).free
                 if free < meta.size - have:
                     raise CheckpointError(
-                        f"{file} needs {(meta.size - have) / 1e9:.1f} GB more in {part.parent}, where {free / 1e9:.1f} GB are free"
+                        f"{file} needs {(meta.size - have) / 1e9:.1f} GB more in {part.parent}, "
+                        f"where {free / 1e9:.1f} GB are free"
                     )
                 if have >= meta.size:
                     _accept(part, blob, meta.etag, meta.size, file)
@@ -133,9 +134,8 @@ class Repository:
         from huggingface_hub import constants, errors
 
         if self.offline or constants.HF_HUB_OFFLINE:
-            raise AccessError(
-                f"{self.name} is not downloaded{f' ({file})' if file else ''}, and downloads are off (--offline)"
-            )
+            what = f"{self.name}: {file}" if file else self.name
+            raise AccessError(f"{what} is not downloaded, and downloads are off (--offline)")
         token = "a token in the environment variable HF_TOKEN, or by `hf auth login`"
         try:
             yield
@@ -172,8 +172,8 @@ class Repository:
 
     def _unreachable(self, error: Exception) -> AccessError:
         return AccessError(
-            f"{_endpoint()} cannot be reached for {self.name}: check the network, or use a checkpoint on disk "
-            f"({type(error.__cause__ or error).__name__})"
+            f"{_endpoint()} cannot be reached for {self.name} ({type(error.__cause__ or error).__name__}): "
+            "check the network, or use a checkpoint that is on disk"
         )
 
 
@@ -199,7 +199,8 @@ def pasted_url(text: str) -> tuple[str, str, str | None] | None:
             case [owner, name, "resolve" | "blob", revision, *file] if file:
                 return f"{owner}/{name}", revision, None if file == ["model_index.json"] else "/".join(file)
     raise InvalidRequest(
-        f"checkpoint is {text!r}; a URL can be that of a hub repository ({_endpoint()}/OWNER/NAME) or of a file in it"
+        f"checkpoint is {text!r}; a URL can be that of a hub repository ({_endpoint()}/OWNER/NAME), "
+        "or that of a file in it"
     )
 
 

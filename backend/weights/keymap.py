@@ -14,7 +14,7 @@ Table = Mapping[str, str | None]  # the start of a name → what stands in its p
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one of our tensors lies: its name in the file, and its shape here, which may drop axes of length 1."""
+    """Where one of our tensors lies: its name in the file, and its shape here, less axes of length 1."""
 
     name: str
     shape: tuple[int, ...]

@@ -28,7 +28,7 @@ TENSORS = {
     "vquantizer.": "stable-cascade",
     "model.diffusion_model.input_blocks.0.0.": "sd15",
     "input_blocks.0.0.": "a UNet alone, without the prefix of a whole checkpoint",
-    "down_blocks.0.resnets.": "one component of a hub-layout checkpoint; give the whole folder or its repository",
+    "down_blocks.0.resnets.": "one component of a hub-layout checkpoint (give its folder or repository)",
     "first_stage_model.": "a VAE alone",
     "decoder.up.0.": "a VAE alone",
     "text_model.embeddings.": "a text encoder alone",

@@ -27,10 +27,10 @@ def load_module(
 ) -> M:
     """The module that `build` makes, with `tensors` for its weights: in eval mode, not asking for gradients.
 
-    A tensor of the right dtype, layout and device is taken as it is, so a mapped file is read as the module runs;
-    the others are converted one at a time, so the peak of memory is the weights as run plus one tensor.
-    `channels_last` gives the weights of convolutions that layout. `buffers` holds what the module computes when it is
-    built and checkpoints leave out. `what` names the component in errors.
+    A tensor of the right dtype, layout and device is taken as it is, so a mapped file is read as the module
+    runs; the others are converted one at a time, so memory peaks at the weights as run plus one tensor.
+    `channels_last` gives the weights of convolutions that layout. `buffers` are those that a module computes
+    when it is built, which checkpoints leave out. `what` names the component in errors.
 
     Raises CheckpointError where the tensors are not just those of the module, or the module cannot be built.
     """

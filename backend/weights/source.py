@@ -57,7 +57,7 @@ class Source(ABC):
 
     @abstractmethod
     def tensors(self, component: str, dtype: str) -> Mapping[str, Tensor]:
-        """The tensors by their hub-layout names, mapped into memory and not read, in whatever dtype they have."""
+        """The tensors by their hub-layout names, mapped into memory and not read, in the dtype they have."""
 
     @abstractmethod
     def shapes(self, component: str, dtype: str) -> Shapes:
@@ -83,7 +83,7 @@ class Source(ABC):
         return sum(math.prod(shape) for shape in self.shapes(component, dtype).values()) * DTYPE_BYTES[dtype]
 
     def extras(self) -> dict[str, Any]:
-        """What a checkpoint of our own says of itself in triptych.json (defaults, preview colours, examples)."""
+        """What a checkpoint of ours says of itself in triptych.json (defaults, preview colours, examples)."""
         return {}
 
     def fingerprint(self, component: str, dtype: str) -> str:
@@ -264,14 +264,14 @@ class FileSource(Source):
     def _lacking(self, component: str) -> Source:
         if self._complement is None:
             raise CheckpointError(
-                f"{self.name} holds no {component}; set config_from to a folder or hub repository that has one"
+                f"{self.name} holds no {component}; set config_from to a folder or hub repository with one"
             )
         return self._complement
 
     def _no_tokenizer(self) -> str:
         return (
-            f"{self.name} is a single file, which holds no tokenizer, and none was found; set config_from to a "
-            "folder with a tokenizer/ (vocab.json and merges.txt), or to a hub repository such as "
+            f"{self.name} is a single file, which holds no tokenizer, and none was found; set config_from "
+            "to a folder with a tokenizer/ (vocab.json and merges.txt), or to a hub repository such as "
             f"{catalog.published(self.family).repository}"
         )
 
@@ -408,11 +408,12 @@ class HubSource(Source):
 
 
 def resolve(checkpoint: str, family: str, settings: Settings, config_from: str | None = None) -> Source:
-    """The source that `checkpoint` names: "demo", a catalogue name, a folder, a single file, both also relative to
-    `settings.models_dir`, a hub repository OWNER/NAME, or a pasted hub URL. Downloads nothing.
+    """The source that `checkpoint` names; downloads nothing.
 
-    `config_from`, a folder or repository in the same spellings, completes a single file.
-    Raises InvalidRequest for what means nothing, CheckpointError for what is missing, damaged or of another family.
+    That can be "demo", a catalogue name, a folder or single file (also relative to `settings.models_dir`), a
+    hub repository OWNER/NAME, or a pasted hub URL. `config_from`, a folder or repository in the same
+    spellings, completes a single file. Raises InvalidRequest for what means nothing, CheckpointError for what
+    is missing, damaged or of another family.
     """
     if family not in catalog.FAMILIES:
         raise InvalidRequest(f"family is {family!r}; it can be {', '.join(catalog.FAMILIES)}")
@@ -445,8 +446,8 @@ def _resolve(
     if path is None:
         names = ", ".join(entry.name for entry in catalog.entries(family))
         raise CheckpointError(
-            f"checkpoint is {text!r}, and there is no such file or folder; it can be {names}, a hub repository "
-            "(OWNER/NAME), a folder, or a .safetensors file"
+            f"checkpoint is {text!r}, and there is no such file or folder; it can be {names}, "
+            "a hub repository (OWNER/NAME), a folder, or a .safetensors file"
         )
     if path.is_dir():
         return FolderSource(path.name, family, path)
@@ -514,7 +515,7 @@ def choose_weights(names: Iterable[str], dtype: str) -> str | None:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that a shard index lists. Raises CheckpointError for a broken index, or one that leads elsewhere."""
+    """The files that a shard index lists. Raises CheckpointError if it is broken or leads elsewhere."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} lists no files")
