@@ -102,9 +102,8 @@ class ScheduleConfig:
             "steps_offset": (0, count - 1),
             "original_inference_steps": (1, count),
         }
-        for key in self.published & limits.keys():
-            low, high = limits[key]
-            if not low <= getattr(self, key) <= high:
+        for key, (low, high) in limits.items():
+            if key in self.published and not low <= getattr(self, key) <= high:
                 raise _refused(key, getattr(self, key), f"{low} to {high}")
         if self.trained_betas is not None and len(self.trained_betas) != count:
             raise _refused(
