@@ -1,0 +1,203 @@
+"""Prompts as they are widely written: weights in brackets, and texts longer than the encoder reads at once.
+
+    (word)       attend 1.1 times as much; brackets nest: ((word)) 1.21 times
+    [word]       attend 1.1 times less
+    (word:1.3)   attend 1.3 times as much
+    \\( \\) \\[ \\] \\\\   the characters themselves
+    BREAK        what follows begins a new chunk
+
+A bracket that is never closed reaches to the end of the prompt; one that was never opened is a character.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from backend.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+BREAK = ("BREAK", -1.0)
+ROUND, SQUARE = 1.1, 1 / 1.1
+COMMA_REACH = 20  # how many tokens back from a chunk's end a comma may cut it, so that phrases stay whole
+MAX_DEPTH, MAX_WEIGHT, MAX_CHUNKS = 64, 1000.0, 32
+
+SYNTAX = re.compile(
+    r"""
+    \\(?P<escaped>[()\[\]\\])
+  | (?P<open>[(\[])
+  | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+  | (?P<close>[)\]])
+  | (?P<text>[^\\()\[\]:]+|.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+Token = tuple[int, float]  # a token's id and its weight
+
+
+def parse(prompt: str) -> list[tuple[str, float]]:
+    """The prompt as runs of text of one weight, with `BREAK` between chunks.
+
+    Raises InvalidRequest for brackets nested, or weights multiplied, beyond any use.
+    """
+    runs: list[tuple[str, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # the runs at which brackets still open began
+
+    def weigh(start: int, factor: float) -> None:
+        runs[start:] = [(text, weight * factor) for text, weight in runs[start:]]
+
+    for match in SYNTAX.finditer(prompt):
+        if bracket := match["open"]:
+            opened[bracket].append(len(runs))
+            if len(opened["("]) + len(opened["["]) > MAX_DEPTH:
+                raise InvalidRequest(f"the prompt nests its brackets deeper than {MAX_DEPTH}")
+        elif match["weight"] and opened["("]:
+            weigh(opened["("].pop(), float(match["weight"]))
+        elif match["close"] == ")" and opened["("]:
+            weigh(opened["("].pop(), ROUND)
+        elif match["close"] == "]" and opened["["]:
+            weigh(opened["["].pop(), SQUARE)
+        else:
+            runs.append((match["escaped"] or match[0], 1.0))
+    for bracket, factor in (("(", ROUND), ("[", SQUARE)):
+        for start in opened[bracket]:
+            weigh(start, factor)
+    return _with_breaks(_joined(runs))
+
+
+def _joined(runs: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Neighbours of one weight as one run."""
+    joined: list[tuple[str, float]] = []
+    for text, weight in runs:
+        if not abs(weight) <= MAX_WEIGHT:
+            raise InvalidRequest(f"the weight of {text[:40]!r} is {weight:g}; it can be up to {MAX_WEIGHT:g}")
+        if joined and joined[-1][1] == weight:
+            text = joined.pop()[0] + text
+        joined.append((text, weight))
+    return joined
+
+
+def _with_breaks(runs: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for text, weight in runs:
+        for index, piece in enumerate(re.split(r"\s*\bBREAK\b\s*", text)):
+            out += [BREAK] * (index > 0) + [(piece, weight)] * bool(piece)
+    return out
+
+
+def chunks_of(tokens: Sequence[Token | None], size: int, comma: int | None) -> list[list[Token]]:
+    """Cut tokens into chunks of at most `size`, at None, and where possible after the token `comma`."""
+    chunks: list[list[Token]] = []
+    chunk: list[Token] = []
+    for token in tokens:
+        if token is None:
+            chunks.append(chunk)
+            chunk = []
+            continue
+        if len(chunk) == size:
+            cut = size if token[0] == comma else _cut(chunk, comma)
+            chunks.append(chunk[:cut])
+            chunk = chunk[cut:]
+        chunk.append(token)
+    return [*chunks, chunk] if chunk or not chunks else chunks
+
+
+def _cut(chunk: list[Token], comma: int | None) -> int:
+    for index in range(len(chunk) - 1, max(len(chunk) - COMMA_REACH, 0) - 1, -1):
+        if chunk[index][0] == comma:
+            return index + 1
+    return len(chunk)
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    *,
+    raw: bool = False,
+    clip_skip: int = 0,
+) -> Tensor:
+    """Prompts → features (B, L·n, D): n chunks, as the longest prompt needs, of the encoder's L positions.
+
+    Shorter prompts are filled up with the chunks of an empty one. `raw` takes each prompt as plain text and
+    cuts it at L. `clip_skip` leaves out that many of the last layers; the final LayerNorm is always applied.
+    Raises InvalidRequest for a `clip_skip` that the encoder has no layers for, or a prompt beyond reason.
+    """
+    layers = encoder.config.num_hidden_layers
+    if not 0 <= clip_skip < layers:
+        raise InvalidRequest(
+            f"clip_skip is {clip_skip}; it can be 0 to {layers - 1}: this text encoder has {layers} layers"
+        )
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    chunked = [
+        _plain(tokenizer, text, length) if raw else _chunks(tokenizer, text, length) for text in prompts
+    ]
+    count = max(len(chunks) for chunks in chunked)
+    if count > MAX_CHUNKS:
+        raise InvalidRequest(
+            f"the prompt takes {count} chunks of {length - 2} tokens; it can take up to {MAX_CHUNKS}"
+        )
+    rows = [row for chunks in chunked for row in (*chunks, *[[]] * (count - len(chunks)))]
+
+    ids = torch.tensor([_padded(tokenizer, row, length) for row in rows], device=encoder.device)
+    if clip_skip:
+        states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
+        features = encoder.final_layer_norm(states[-(clip_skip + 1)])
+    else:
+        features = encoder(input_ids=ids).last_hidden_state  # (B·n, L, D)
+
+    weights = torch.ones(ids.shape)
+    for index, row in enumerate(rows):
+        weights[index, 1 : len(row) + 1] = torch.tensor([weight for _, weight in row])
+    features = _weighted(features, weights.to(features.device))
+    return features.reshape(len(prompts), count * length, -1)
+
+
+def _plain(tokenizer: CLIPTokenizer, text: str, length: int) -> list[list[Token]]:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return [[(token, 1.0) for token in ids[: length - 2]]]
+
+
+def _chunks(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[list[Token]]:
+    tokens: list[Token | None] = []
+    for run in parse(prompt):
+        if run == BREAK:
+            tokens.append(None)
+        else:
+            text, weight = run
+            tokens += [
+                (n, weight) for n in tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            ]
+    return chunks_of(tokens, length - 2, tokenizer.get_vocab().get(",</w>"))
+
+
+def _padded(tokenizer: CLIPTokenizer, row: list[Token], length: int) -> list[int]:
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(begin, int)
+    assert isinstance(end, int)
+    assert isinstance(pad, int)
+    return [begin, *(token for token, _ in row), end, *[pad] * (length - len(row) - 2)]
+
+
+def _weighted(features: Tensor, weights: Tensor) -> Tensor:
+    """Multiply each token's features (N, L, D) by its weight (N, L), then restore each chunk's mean.
+
+    Everybody restores it so, and pictures agree. But where an encoder's features lie around zero, the means'
+    ratio is noise that would blow them up: one far from what the weights alone explain is not applied.
+    """
+    if (weights == 1).all():
+        return features
+    before = features.float()
+    after = before * weights[..., None]
+    old, new = before.mean((1, 2)), after.mean((1, 2))  # (N,)
+    explained = old / new * weights.mean(1)  # 1 where every token's features have one mean
+    telling = (old.abs() > 1e-3 * before.std((1, 2))) & (explained > 0.5) & (explained < 2)
+    return (after * torch.where(telling, old / new, 1.0)[:, None, None]).to(features.dtype)
