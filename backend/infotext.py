@@ -1,0 +1,181 @@
+"""The `parameters` text of a picture, as the widely used tools write and read it:
+
+    a red house, (hills:1.2)
+    Negative prompt: blurry
+    Steps: 20, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 7, Size: 512x512, Model: demo, Version: Triptych 0.1.0
+
+Prompts that this form cannot hold (a line that begins with "Negative prompt:", blanks at an end, ...) are
+added once more as quoted fields, so that what is written is always read back as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from backend.sampling.catalog import SAMPLER_INFO
+from backend.version import VERSION
+
+NEGATIVE = "Negative prompt:"
+EXACT_PROMPT, EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
+KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
+FEWEST_FIELDS = 3  # a last line with fewer belongs to the prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infotext:
+    """`fields` keeps every key of the last line, known or not, in its order."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+def write(prompt: str, negative_prompt: str, fields: Mapping[str, Any]) -> str:
+    """The text; `fields` of the value None are left out."""
+    given = {key: _shown(value) for key, value in fields.items() if value is not None}
+    text = _text(prompt, negative_prompt, given)
+    read = parse(text)
+    if read.prompt != prompt:
+        given[EXACT_PROMPT] = json.dumps(prompt)
+    if read.negative_prompt != negative_prompt:
+        given[EXACT_NEGATIVE] = json.dumps(negative_prompt)
+    return _text(prompt, negative_prompt, given)
+
+
+def parse(text: str) -> Infotext:
+    """Read any tool's text; whatever is not understood stays in the prompt or among the fields."""
+    *lines, last = text.replace("\r\n", "\n").strip().split("\n")
+    fields = _fields(last)
+    if len(fields) < FEWEST_FIELDS:
+        fields = {}
+        lines.append(last)
+    prompt, negative = "\n".join(lines), ""
+    for index, line in enumerate(lines):
+        if line.startswith(NEGATIVE):
+            prompt = "\n".join(lines[:index])
+            negative = "\n".join(lines[index:]).removeprefix(NEGATIVE)
+            break
+    return Infotext(
+        prompt=fields.pop(EXACT_PROMPT, prompt.strip()),
+        negative_prompt=fields.pop(EXACT_NEGATIVE, negative.strip()),
+        fields=fields,
+    )
+
+
+def describe(settings: Mapping[str, Any], seed: int) -> str:
+    """The text of one picture, from a result's settings (SD1.5) and the picture's own seed."""
+    sampler = SAMPLER_INFO.get(settings["sampler"])
+    return write(
+        settings["prompt"],
+        settings["negative_prompt"],
+        {
+            "Steps": settings["steps"],
+            "Sampler": sampler.label if sampler else settings["sampler"],
+            "CFG scale": settings["guidance_scale"],
+            "Seed": seed,
+            "Size": f"{settings['width']}x{settings['height']}",
+            "Model": _model_name(settings["checkpoint"]),
+            "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,
+            "Raw prompt": True if settings.get("raw_prompt") else None,
+            "Version": f"Triptych {VERSION}",
+        },
+    )
+
+
+def restore(text: str) -> dict[str, Any]:
+    """The request fields that a text tells, under their names; what is missing or makes no sense is left out.
+
+    The checkpoint is told only by Triptych's own pictures, and only where its name says where it is.
+    """
+    info = parse(text)
+    fields = info.fields
+    width, _, height = fields.get("Size", "").partition("x")
+    told: dict[str, Any] = {
+        "prompt": info.prompt,
+        "negative_prompt": info.negative_prompt,
+        "steps": _number(int, fields.get("Steps")),
+        "sampler": _sampler(fields.get("Sampler", ""), fields.get("Schedule type", "")),
+        "guidance_scale": _number(float, fields.get("CFG scale")),
+        "seed": _number(int, fields.get("Seed")),
+        "width": _number(int, width),
+        "height": _number(int, height),
+        "raw_prompt": True if fields.get("Raw prompt") == "True" else None,
+    }
+    if clip_skip := _number(int, fields.get("Clip skip")):
+        told["clip_skip"] = clip_skip - 1
+    model = fields.get("Model", "")
+    if fields.get("Version", "").startswith("Triptych") and (model == "demo" or "/" in model):
+        told["checkpoint"] = model
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _text(prompt: str, negative_prompt: str, fields: Mapping[str, str]) -> str:
+    lines = [prompt]
+    if negative_prompt:
+        lines.append(f"{NEGATIVE} {negative_prompt}")
+    lines.append(", ".join(f"{key}: {value}" for key, value in fields.items()))
+    return "\n".join(lines).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be stored
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    plain = text and text == text.strip() and text[0] not in '"[{' and not re.search(r"[,:\n\r]", text)
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _fields(line: str) -> dict[str, str]:
+    """`Key: value, Key: "quoted, value", Key: [{"json": 1}]` → a dict of texts."""
+    fields: dict[str, str] = {}
+    position = 0
+    while position < len(line):
+        key = KEY.match(line, position)
+        if key:
+            position = key.end()
+            value, position = _value(line, position)
+            fields[key[1]] = value
+        comma = line.find(",", position)
+        position = comma + 1 if comma >= 0 else len(line)
+    return fields
+
+
+def _value(line: str, start: int) -> tuple[str, int]:
+    """The value that begins at `start`, and where it ends: at a comma that is not inside quotes or JSON."""
+    if line[start : start + 1] in ('"', "[", "{"):
+        try:
+            value, end = json.JSONDecoder().raw_decode(line, start)
+        except (ValueError, RecursionError):
+            end = start
+        else:
+            if not line[end:].strip() or line[end:].lstrip().startswith(","):
+                return (value if isinstance(value, str) else line[start:end]), end
+    end = line.find(",", start)
+    end = len(line) if end < 0 else end
+    return line[start:end].strip(), end
+
+
+def _model_name(checkpoint: str) -> str:
+    """A hub repository or catalogue name as it is, a path only by its last part: it is nobody's business."""
+    is_path = re.search(r"^[/~.\\]|^\w:\\|://|\.(safetensors|ckpt)$", checkpoint)
+    name = re.split(r"[/\\]", checkpoint.rstrip("/\\"))[-1] if is_path else checkpoint
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def _sampler(label: str, schedule: str) -> str | None:
+    """Newer tools write the schedule apart from the sampler's label."""
+    names = {info.label.lower(): name for name, info in SAMPLER_INFO.items()} | {
+        name: name for name in SAMPLER_INFO
+    }
+    return names.get(f"{label} {schedule}".strip().lower()) or names.get(label.lower())
+
+
+def _number(kind: type[int] | type[float], text: str | None) -> float | None:
+    try:
+        number = kind(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,138 @@
+"""The `parameters` text: what other tools expect, what they write, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from backend.infotext import describe, parse, restore, write
+from backend.version import VERSION
+
+SETTINGS: dict[str, Any] = {
+    "prompt": "a red house, (hills:1.2)",
+    "negative_prompt": "blurry: very",
+    "steps": 20,
+    "guidance_scale": 7.5,
+    "sampler": "dpmpp_2m_karras",
+    "width": 512,
+    "height": 768,
+    "checkpoint": "demo",
+    "raw_prompt": False,
+    "clip_skip": 0,
+}
+
+
+def test_the_widely_used_form() -> None:
+    assert describe(SETTINGS, 7) == (
+        "a red house, (hills:1.2)\n"
+        "Negative prompt: blurry: very\n"
+        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 7, Size: 512x768, Model: demo,"
+        f" Version: Triptych {VERSION}"
+    )
+    plain = {**SETTINGS, "negative_prompt": "", "guidance_scale": 7.0, "clip_skip": 1, "raw_prompt": True}
+    assert describe(plain, 0) == (
+        "a red house, (hills:1.2)\n"
+        "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 0, Size: 512x768, Model: demo,"
+        f" Clip skip: 2, Raw prompt: True, Version: Triptych {VERSION}"
+    )
+
+
+def test_restore_is_the_way_back() -> None:
+    settings = {**SETTINGS, "clip_skip": 1, "raw_prompt": True, "checkpoint": "someone/some-model"}
+    assert restore(describe(settings, 7)) == {**settings, "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "model"),
+    [
+        ("demo", "demo"),
+        ("someone/some-model-1.5", "someone/some-model-1.5"),
+        ("/home/me/models/dream.v2.safetensors", "dream.v2"),
+        ("~/models/folder/", "folder"),
+        ("./folder", "folder"),
+        (r"C:\models\dream.ckpt", "dream"),
+        ("https://huggingface.co/a/b/resolve/main/dream.safetensors", "dream"),
+    ],
+)
+def test_paths_stay_private(checkpoint: str, model: str) -> None:
+    text = describe({**SETTINGS, "checkpoint": checkpoint}, 7)
+    assert parse(text).fields["Model"] == model
+    assert restore(text).get("checkpoint") == (checkpoint if model == checkpoint else None)
+
+
+TEXTS = [
+    "",
+    "a",
+    " blanks around ",
+    "two\nlines\n\nand a blank one",
+    "trailing newline\n",
+    "tabs\tand\rreturns\r\nof all kinds",
+    "Negative prompt: not really",
+    "x\nNegative prompt: y\nNegative prompt: z",
+    "Steps: 20, Sampler: Euler, CFG scale: 7, Seed: 1",
+    'quotes " and \\ backslashes, commas: colons',
+    "fünf Häuser 赤い家 🏠 \u202eright to left\u202c",
+    "null \0 and bell \a",
+    "half a pair \ud83c",
+    'Exact prompt: "z", b: c, d: e, f: g',
+]
+
+
+@pytest.mark.parametrize("negative", TEXTS)
+@pytest.mark.parametrize("prompt", TEXTS)
+def test_any_text_survives(prompt: str, negative: str) -> None:
+    fields = {"Steps": 20, "Seed": 7, "Size": "64x64"}
+    text = write(prompt, negative, fields)
+    text.encode()  # can be stored
+    read = parse(text)
+    assert (read.prompt, read.negative_prompt) == (prompt, negative)
+    assert read.fields == {"Steps": "20", "Seed": "7", "Size": "64x64"}
+
+
+@pytest.mark.parametrize("value", [*TEXTS[:-2], "[1, 2", "{", '"half', "{1: 2, 3}", "a, B: c", "1.0"])
+def test_any_field_survives(value: str) -> None:
+    text = write("p", "", {"Steps": 20, "Model": value, "Note": value, "Seed": 7})
+    assert parse(text).fields == {"Steps": "20", "Model": value, "Note": value, "Seed": "7"}
+
+
+def test_other_tools_texts() -> None:
+    text = (
+        "masterpiece, <lora:thing:0.8>, (a cat:1.1)\nin a hat\r\n"
+        "Negative prompt: bad hands,\nlow quality\n"
+        "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6, Seed: 123456, Size: 832x1216, "
+        "Model hash: 67ab2fd8ec, Model: ponyXL_v6, VAE: sdxl.vae.safetensors, Clip skip: 2, "
+        'Hires prompt: "a cat, close: up", Lora hashes: "thing: 1a2b, other: 3c4d", '
+        'Civitai resources: [{"type":"checkpoint","modelVersionId":290640,"modelName":"Pony, V6"}], '
+        "ADetailer model: face_yolov8n.pt, Odd: {not json, RNG: CPU, Version: v1.10.1\n"
+    )
+    info = parse(text)
+    assert info.prompt == "masterpiece, <lora:thing:0.8>, (a cat:1.1)\nin a hat"
+    assert info.negative_prompt == "bad hands,\nlow quality"
+    assert info.fields["Hires prompt"] == "a cat, close: up"
+    assert info.fields["Lora hashes"] == "thing: 1a2b, other: 3c4d"
+    assert info.fields["Civitai resources"].endswith('"Pony, V6"}]')
+    assert info.fields["ADetailer model"] == "face_yolov8n.pt"
+    assert info.fields["Odd"] == "{not json"
+    assert info.fields["Version"] == "v1.10.1"
+    assert restore(text) == {
+        "prompt": info.prompt,
+        "negative_prompt": info.negative_prompt,
+        "steps": 30,
+        "sampler": "dpmpp_2m_karras",
+        "guidance_scale": 6.0,
+        "seed": 123456,
+        "width": 832,
+        "height": 1216,
+        "clip_skip": 1,
+    }
+
+
+def test_what_makes_no_sense_is_left_out() -> None:
+    text = "a\nSteps: many, Sampler: Unheard of, CFG scale: nan, Seed: 1.5, Size: large, Clip skip: x"
+    assert restore(text) == {"prompt": "a", "negative_prompt": ""}
+    assert restore("") == {"prompt": "", "negative_prompt": ""}
+    assert restore("just a prompt: with a colon") == {
+        "prompt": "just a prompt: with a colon",
+        "negative_prompt": "",
+    }
