@@ -1,4 +1,4 @@
-"""Triptych's engine: `Studio(Settings(...)).run(SD15Request(prompt=...))`. Importing it does not import torch."""
+"""Triptych's engine: `Studio(Settings(...)).run(SD15Request(prompt=...))`. It imports without torch."""
 
 from backend.errors import (
     AccessError,

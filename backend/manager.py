@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Generator, Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ class Manager:
         return [entry.component.name for entry in self._loaded.values()]
 
     @contextmanager
-    def use(self, component: Component) -> Iterator[Any]:
+    def use(self, component: Component) -> Generator[Any, None, None]:
         """Lend the component, loading it first if need be. Raises CheckpointError as its `load` does."""
         entry = self._loaded.get(component.identity)
         if entry is None:
@@ -53,7 +53,7 @@ class Manager:
             entry.lent -= 1
 
     def make_room(self, budget_bytes: int, keep: set[Hashable]) -> list[str]:
-        """Evict until `budget_bytes` hold what stays loaded; never what is lent or in `keep`. → names evicted."""
+        """Evict until `budget_bytes` hold what stays; never what is lent or in `keep`. → names evicted."""
         evicted = []
         for identity, entry in list(self._loaded.items()):
             if self.bytes <= budget_bytes:
@@ -76,7 +76,7 @@ class Manager:
 def _release() -> None:
     """Hand freed memory back to the system, not only to the allocator."""
     gc.collect()
-    import torch  # noqa: PLC0415  (nothing is loaded without it)
+    import torch
 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A part of a checkpoint: `identity` says which file, precision and device; equal ones are loaded once."""
+    """A part of a checkpoint: `identity` says which file, precision and device; equals load once."""
 
     name: str
     identity: Hashable

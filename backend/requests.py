@@ -48,7 +48,7 @@ class Request:
             _text(name, getattr(self, name))
         if not self.checkpoint.strip():
             raise InvalidRequest(
-                "checkpoint is empty; it can be 'demo', a catalogue name, a hub repository, a folder or a file"
+                "checkpoint is empty; it can be 'demo', a catalogue name, a hub repository, folder or file"
             )
         if self.config_from is not None:
             _text("config_from", self.config_from)
@@ -68,7 +68,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class SD15Request(Request):
-    """Stable Diffusion 1.5: `steps` 1 to 150, `guidance_scale` 0 to 30, `sampler` a name of `SAMPLER_INFO`."""
+    """Stable Diffusion 1.5: `steps` 1 to 150, `guidance_scale` 0 to 30, `sampler` of `SAMPLER_INFO`."""
 
     family: ClassVar[str] = "sd15"
     size_multiple: ClassVar[int] = 8
@@ -90,15 +90,15 @@ class SD15Request(Request):
 REQUESTS: dict[str, type[Request]] = {SD15Request.family: SD15Request}
 
 
-def whole(
-    request: Request, name: str, low: int, high: int, *, multiple: int = 1, extra: str = ""
-) -> None:
-    """Check that the field is a whole number in range, and keep it as an int (JSON clients send 7.0 for 7)."""
+def whole(request: Request, name: str, low: int, high: int, *, multiple: int = 1, extra: str = "") -> None:
+    """Check that the field is a whole number in range; keep it as an int (JSON clients send 7.0 for 7)."""
     value: Any = getattr(request, name)
     fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (fits and value == int(value) and low <= value <= high and int(value) % multiple == 0):
         step = f" in multiples of {multiple}" if multiple > 1 else ""
-        raise InvalidRequest(f"{name} is {value!r}; it can be a whole number from {low} to {high}{step}{extra}")
+        raise InvalidRequest(
+            f"{name} is {value!r}; it can be a whole number from {low} to {high}{step}{extra}"
+        )
     object.__setattr__(request, name, int(value))
 
 

@@ -45,14 +45,15 @@ class Hardware:
         ram, ram_free = ram_bytes()
         if device == "cpu":
             return _cpu(ram, ram_free)
-        import torch  # noqa: PLC0415  (nothing probes hardware at import)
+        import torch
 
         if torch.cuda.is_available() and device in ("auto", "cuda"):
             free, total = torch.cuda.mem_get_info()
             free += torch.cuda.memory_reserved()  # what our own allocator holds is ours to use
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             return cls(
                 device="cuda", name=torch.cuda.get_device_name(), total_bytes=total, free_bytes=free,
-                ram_bytes=ram, ram_free_bytes=ram_free, bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+                ram_bytes=ram, ram_free_bytes=ram_free, bf16=bf16,
             )  # fmt: skip
         if torch.backends.mps.is_available() and device in ("auto", "mps"):
             total = torch.mps.recommended_max_memory()
@@ -90,13 +91,19 @@ def ram_bytes(
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):  # not Linux
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
+        total = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
+        )
         free = total // 2
     try:
         limit = int((cgroup / "memory.max").read_text())
         stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         # pages of files can be dropped, so they do not count as used
-        used = int((cgroup / "memory.current").read_text()) - int(stat["inactive_file"]) - int(stat["active_file"])
+        used = (
+            int((cgroup / "memory.current").read_text())
+            - int(stat["inactive_file"])
+            - int(stat["active_file"])
+        )
     except (OSError, KeyError, ValueError):  # no container, or "max"
         return total, free
     return min(total, limit), max(min(free, limit - used), 0)
@@ -112,7 +119,7 @@ def anonymous_bytes() -> int:
         pass
     if sys.platform == "win32":
         return 0
-    import resource  # noqa: PLC0415  (absent on Windows)
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -134,7 +141,7 @@ class PeakMeter:
     @property
     def peak(self) -> int:
         if self._device == "cuda":
-            import torch  # noqa: PLC0415
+            import torch
 
             return torch.cuda.max_memory_allocated()
         self._peak = max(self._peak, self._read())
@@ -142,7 +149,7 @@ class PeakMeter:
 
     def __enter__(self) -> PeakMeter:
         if self._device == "cuda":
-            import torch  # noqa: PLC0415
+            import torch
 
             torch.cuda.reset_peak_memory_stats()
         else:

@@ -72,7 +72,9 @@ class SelfAttention(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups=groups, eps=EPS) for _ in range(2))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, groups=groups, eps=EPS) for _ in range(2)
+        )
         self.attentions = nn.ModuleList([SelfAttention(channels, groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +187,9 @@ class Autoencoder(nn.Module):
     def from_model(self, latents: Tensor) -> Tensor:
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
 
-    def encode(self, pixels: Tensor, *, tile: int | None = None, sliced: bool = False) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, pixels: Tensor, *, tile: int | None = None, sliced: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) pixels in [-1, 1] → mean and log-variance, each (B, Z, h, w).
 
         `tile` is the side in pixels of the overlapping tiles to work in, a multiple of 8 · `scale`, or None
@@ -220,9 +224,11 @@ def _piecewise(
     numer: int,
     denom: int,
 ) -> Tensor:
-    """Run `network` over all of `x`, or image by image, or tile by tile; it changes sizes by numer / denom."""
+    """Run `network` over all of `x`, image by image or tile by tile; it scales sizes by numer / denom."""
     if sliced and len(x) > 1:
-        return torch.cat([_piecewise(network, one, tile, False, step=step, numer=numer, denom=denom) for one in x.split(1)])
+        return torch.cat(
+            [_piecewise(network, one, tile, False, step=step, numer=numer, denom=denom) for one in x.split(1)]
+        )
     if tile is None or max(x.shape[-2:]) <= tile:
         return network(x)
     return _tiled(network, x, tile // step * step, max(tile // 4 // step * step, step), numer, denom)

@@ -78,7 +78,7 @@ class TimestepEmbedding(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Scaled-dot-product attention of (B, L, D) queries over (B, S, D) keys and values, D split in `heads`."""
+    """Scaled-dot-product attention of queries (B, L, D) over keys and values (B, S, D), in `heads` parts."""
     batch, length, dim = query.shape
     q, k, v = (t.view(batch, -1, heads, dim // heads).transpose(1, 2) for t in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)

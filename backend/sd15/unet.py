@@ -73,12 +73,12 @@ class UNetConfig:
     freq_shift: float
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
+    def from_dict(cls, published: Mapping[str, Any]) -> UNetConfig:
         """Read a published `unet/config.json`, whose defaults are those of SD1.x.
 
         Raises CheckpointError for settings that this class does not build, naming them.
         """
-        config = {
+        config: dict[str, Any] = {
             "in_channels": 4,
             "out_channels": 4,
             "block_out_channels": (320, 640, 1280, 1280),
@@ -91,7 +91,7 @@ class UNetConfig:
             "norm_eps": 1e-5,
             "flip_sin_to_cos": True,
             "freq_shift": 0,
-            **config,
+            **published,
         }
         require("UNet", config, FIXED)
         for key, kinds in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
@@ -102,14 +102,14 @@ class UNetConfig:
         def per_level(value: Any) -> tuple[Any, ...]:
             return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
 
-        derived = {
+        derived: dict[str, Any] = {
             "layers_per_block": per_level(config.get("layers_per_block", 2)),
             # published configs say `attention_head_dim` and mean the number of heads
             "heads": per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8)),
             "transformer_layers": per_level(config.get("transformer_layers_per_block", 1)),
             "only_cross_attention": per_level(config.get("only_cross_attention", False)),
         }
-        return cls(**{**known_fields(cls, config), **derived})
+        return cls(**known_fields(cls, config) | derived)
 
 
 class Attention(nn.Module):
@@ -217,7 +217,7 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """What the down, middle and up blocks share: residual blocks, with or without transformers behind them."""
+    """What down, middle and up blocks share: residual blocks, with or without transformers behind them."""
 
     def __init__(
         self, widths: list[tuple[int, int]], config: UNetConfig, level: int, *, attentions: int

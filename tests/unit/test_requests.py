@@ -46,8 +46,9 @@ from backend.settings import Settings
     ],
 )
 def test_refused(field: str, value: Any, allowed: str) -> None:
+    fields: dict[str, Any] = {"prompt": "a red house", field: value}
     with pytest.raises(InvalidRequest) as caught:
-        SD15Request(**{"prompt": "a red house", field: value})
+        SD15Request(**fields)
     assert str(caught.value).startswith(field)
     assert allowed in str(caught.value)
     if field != "raw_prompt":

@@ -1,0 +1,299 @@
+"""Stable Diffusion 1.5 (and others of its class) as phases: encode → denoise → decode.
+
+Letters: B images, L text tokens, D text features, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from backend.errors import CheckpointError, TriptychError
+from backend.events import Notice
+from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
+from backend.phases import Component, Phase, Pipeline, Progress
+from backend.requests import SD15Request
+from backend.sampling.noise import Noise
+from backend.sampling.samplers import sample
+from backend.sampling.schedules import ScheduleConfig
+from backend.sd15.unet import UNet, UNetConfig
+from backend.text.encoders import load_clip_text, load_tokenizer
+from backend.text.prompts import encode_prompts
+from backend.weights.load import load_module
+from backend.weights.source import Source
+
+COMPONENTS = ("text_encoder", "unet", "vae")
+
+# The reference scheduler that a checkpoint names → the sampler that equals it.
+DEFAULT_SAMPLERS = {
+    "PNDMScheduler": "pndm",
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+}
+
+# Published linear approximation of the decoder: model-space latents → RGB in [-1, 1]. For previews only.
+LATENT_RGB = {
+    "factors": [
+        [0.3512, 0.2297, 0.3227],
+        [0.3250, 0.4974, 0.2350],
+        [-0.2829, 0.1762, 0.2721],
+        [-0.2120, -0.2616, -0.7177],
+    ],
+    "bias": [0.0, 0.0, 0.0],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request with every default filled in."""
+
+    request: SD15Request
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    sampler: str
+    width: int
+    height: int
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "prompt": self.request.prompt,
+            "negative_prompt": self.request.negative_prompt,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "seed": self.seeds[0],
+            "num_images": len(self.seeds),
+            "width": self.width,
+            "height": self.height,
+            "checkpoint": self.request.checkpoint,
+            "raw_prompt": self.request.raw_prompt,
+            "clip_skip": self.request.clip_skip,
+        }
+
+
+def complete(request: SD15Request, source: Source, seeds: tuple[int, ...]) -> Job:
+    """Fill in the checkpoint's defaults: its own where it states them, else its networks' and scheduler's."""
+    stated = source.extras().get("defaults", {})
+    unet, vae, scheduler = (source.config(name) for name in ("unet", "vae", "scheduler"))
+    side = unet.get("sample_size", 64)
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    scale = AutoencoderConfig.from_dict(vae).scale
+    defaults = {
+        "steps": 50,
+        "guidance_scale": 7.5,
+        "sampler": DEFAULT_SAMPLERS.get(scheduler.get("_class_name", ""), "pndm"),
+        "width": width * scale,
+        "height": height * scale,
+        **stated,
+    }
+    asked = {name: getattr(request, name) for name in defaults if getattr(request, name, None) is not None}
+    values = {name: asked.get(name, default) for name, default in defaults.items()}
+    return Job(request=request, seeds=seeds, **values)
+
+
+def pipeline(
+    request: SD15Request, source: Source, *, seeds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Pipeline:
+    """The phases of a request, ready to plan and to run; reads configs, loads nothing.
+
+    Raises CheckpointError for a checkpoint of this class that needs a picture to start from.
+    """
+    job = complete(request, source, seeds)
+    unet_config = UNetConfig.from_dict(source.config("unet"))
+    vae_config = AutoencoderConfig.from_dict(source.config("vae"))
+    schedule = ScheduleConfig.from_dict(source.config("scheduler"))
+    if unet_config.in_channels != vae_config.latent_channels:
+        kind = {9: "an inpainting", 8: "an edit (picture-to-picture)", 5: "a depth"}.get(
+            unet_config.in_channels, "a"
+        )
+        raise CheckpointError(
+            f"{source.name} is {kind} UNet with {unet_config.in_channels} input channels; "
+            f"text to image takes {vae_config.latent_channels}"
+        )
+    precision = str(dtype).removeprefix("torch.")
+    here = source.present(COMPONENTS, precision)  # else the plan is all that can be made yet
+    fingerprints = {name: source.fingerprint(name, precision) if here else source.name for name in COMPONENTS}
+
+    def component(name: str, load: Any) -> Component:
+        return Component(
+            name=name,
+            identity=(name, fingerprints[name], precision, str(device)),
+            bytes=source.parameter_bytes(name, precision),
+            load=load,
+        )
+
+    def network(name: str, build: Any) -> Component:
+        def load() -> torch.nn.Module:
+            tensors = source.tensors(name, precision)
+            return load_module(
+                build, tensors, dtype=dtype, device=device, what=f"{source.name}: {name}", channels_last=True
+            )
+
+        return component(name, load)
+
+    def text() -> tuple[Any, Any]:
+        return load_tokenizer(source), load_clip_text(source, "text_encoder", dtype, device)
+
+    encode_key = (
+        fingerprints["text_encoder"], precision, str(device), request.prompt,
+        request.negative_prompt if job.guided else None, request.raw_prompt, request.clip_skip,
+    )  # fmt: skip
+    denoise_key = (
+        encode_key, fingerprints["unet"], seeds, job.steps, job.guidance_scale, job.sampler,
+        job.width, job.height, schedule,
+    )  # fmt: skip
+    latent_size = (job.height // vae_config.scale, job.width // vae_config.scale)
+    rgb = source.extras().get("latent_rgb", LATENT_RGB if vae_config.latent_channels == 4 else None)
+    item = dtype.itemsize
+
+    return Pipeline(
+        components={
+            "text_encoder": component("text_encoder", text),
+            "unet": network("unet", lambda: UNet(unet_config)),
+            "vae": network("vae", lambda: Autoencoder(vae_config)),
+        },
+        phases=(
+            Phase(
+                name="encode", components=("text_encoder",), key=("encode", *encode_key),
+                work_bytes=encode_work(item),
+                run=lambda parts, _: encode(parts["text_encoder"], job),
+            ),
+            Phase(
+                name="denoise", components=("unet",), key=("denoise", *denoise_key),
+                work_bytes=denoise_work(unet_config, len(seeds) * (1 + job.guided), latent_size, item),
+                run=lambda parts, results: denoise(
+                    parts["unet"], results["encode"], job, schedule, latent_size, dtype, device, rgb
+                ),
+            ),
+            Phase(
+                name="decode", components=("vae",), key=None,
+                work_bytes=decode_work(vae_config, job.height * job.width, item),
+                run=lambda parts, results: decode(parts["vae"], results["denoise"], dtype, device),
+            ),
+        ),
+        settings=job.settings(),
+        precision=precision,
+    )  # fmt: skip
+
+
+def encode(parts: Any, job: Job) -> Generator[Progress, None, Tensor]:
+    """→ text features (1, L, D), or (2, L, D) with the negative prompt's first when guidance asks for it."""
+    tokenizer, encoder = parts
+    request = job.request
+    prompts = [request.negative_prompt, request.prompt] if job.guided else [request.prompt]
+    features = encode_prompts(
+        encoder, tokenizer, prompts, raw=request.raw_prompt, clip_skip=request.clip_skip
+    )
+    yield Progress(step=1, steps=1)
+    return features
+
+
+def denoise(
+    unet: UNet,
+    features: Tensor,
+    job: Job,
+    schedule: ScheduleConfig,
+    latent_size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rgb: Mapping[str, Any] | None,
+) -> Generator[Progress, None, Tensor]:
+    """→ latents (B, 4, h, w), float32, in model space."""
+    batch = len(job.seeds)
+    context = features.to(device, dtype).repeat_interleave(batch, dim=0)  # (2, L, D) → (2·B, L, D)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        x = latents.to(dtype).repeat(len(features), 1, 1, 1).to(memory_format=torch.channels_last)
+        out = unet(x, timestep.expand(len(x)), context).float()
+        if not job.guided:
+            return out
+        without, with_prompt = out.chunk(2)
+        return without + job.guidance_scale * (with_prompt - without)
+
+    noise = Noise(job.seeds, (unet.config.in_channels, *latent_size))
+    latents: Tensor | None = None
+    for state in sample(job.sampler, predict, noise, schedule, job.steps, device):
+        latents = state.latents
+        denoised = state.denoised
+        yield Progress(
+            step=state.step,
+            steps=state.steps,
+            preview=(lambda x=denoised: previews(x, rgb)) if rgb else None,
+        )
+    assert latents is not None
+    return latents
+
+
+def decode(
+    vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device
+) -> Generator[Progress | Notice, None, list[Image.Image]]:
+    """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
+    if not latents.isfinite().all():
+        raise TriptychError(
+            f"denoising gave values that are not numbers in {dtype}; bfloat16 or float32 may help"
+        )
+    pictures: list[Image.Image] = []
+    for index, one in enumerate(vae.from_model(latents).split(1)):
+        pixels = vae.decode(one.to(device, dtype).to(memory_format=torch.channels_last))
+        if not pixels.isfinite().all() and dtype == torch.float16:
+            yield Notice(
+                text="The picture's decoder overflowed in float16; that picture was decoded in float32."
+            )
+            pixels = copy.deepcopy(vae).float().decode(one.to(device))
+        pictures += to_pictures(pixels)
+        yield Progress(step=index + 1, steps=len(latents))
+    return pictures
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] → B pictures."""
+    values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def previews(latents: Tensor, rgb: Mapping[str, Any]) -> tuple[Image.Image, ...]:
+    """Latents (B, C, h, w) → small pictures by a linear map of the channels, four times the latent size."""
+    factors = torch.tensor(rgb["factors"], device=latents.device)
+    colours = torch.einsum("bchw,cr->brhw", latents.float(), factors) + torch.tensor(
+        rgb["bias"], device=latents.device
+    ).view(1, 3, 1, 1)
+    return tuple(
+        picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.BICUBIC)
+        for picture in to_pictures(colours)
+    )
+
+
+def encode_work(item: int) -> int:
+    """Bytes of activations of CLIP-L over two prompts: small beside every other phase."""
+    return 2 * 77 * 768 * 24 * item
+
+
+def denoise_work(config: UNetConfig, batch: int, latent_size: tuple[int, int], item: int) -> int:
+    """Bytes of activations of one forward: the outermost level's feed-forward beside the skip connections."""
+    width, (height, breadth) = config.block_out_channels[0], latent_size
+    return 26 * width * height * breadth * batch * item
+
+
+def decode_work(config: AutoencoderConfig, pixels: int, item: int) -> int:
+    """Bytes of activations of the decoder's last level, one picture at a time."""
+    outer, next_width = (
+        config.block_out_channels[0],
+        config.block_out_channels[min(1, len(config.block_out_channels) - 1)],
+    )
+    return (3 * next_width + 2 * outer) * pixels * item

@@ -1,0 +1,308 @@
+"""The one front door: `Studio.generate(request)` yields events and ends with pictures."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backend import catalog, infotext
+from backend.errors import Cancelled, InvalidRequest, OutOfMemory, StorageError
+from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
+from backend.gallery import Gallery
+from backend.manager import Manager
+from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes
+from backend.memory.plan import Plan, make_plan
+from backend.phases import Phase, PhaseCache, Pipeline, Progress
+from backend.requests import MAX_SEED, Request, SD15Request
+from backend.settings import Settings
+from backend.weights.source import resolve
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+PREVIEW_SECONDS = 0.3  # between previews: a few a second look alive and cost little
+WAITING_SECONDS = 0.5
+
+# Where each family's `pipeline` lives. Imported at first use: they import torch, and the page must not wait.
+ROOMS = {"sd15": "backend.sd15.pipeline"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointInfo:
+    """What the page says of a checkpoint before it is loaded."""
+
+    name: str
+    title: str
+    licence: str
+    defaults: dict[str, Any]
+    vocabulary: dict[str, list[str]]
+    examples: list[str]
+
+
+class Studio:
+    """Makes pictures, one request at a time; a second waits for the first.
+
+    Safe to share between threads. Nothing is loaded, probed or written before the first request.
+    """
+
+    def __init__(self, settings: Settings | None = None, hardware: Hardware | None = None) -> None:
+        """`hardware` stands in for the machine's own when planning (tests)."""
+        self.settings = settings or Settings()
+        self.gallery = Gallery(self.settings.home)
+        self._hardware = hardware
+        self._manager = Manager()
+        self._cache = PhaseCache()
+        self._device_lock = (
+            threading.Lock()
+        )  # not RLock: a closed generator may release it from another thread
+        self._baseline = 0
+
+    def run(self, request: Request, stop: threading.Event | None = None) -> Result:
+        """Make the pictures. Raises what `generate` raises."""
+        for event in self.generate(request, stop):
+            if isinstance(event, Finished):
+                return event.result
+        raise AssertionError("generate ends with Finished or an error")
+
+    def generate(self, request: Request, stop: threading.Event | None = None) -> Iterator[Event]:
+        """Yield events until Finished. `stop`, once set, ends the work within a step.
+
+        Raises InvalidRequest, CheckpointError, AccessError, StorageError, OutOfMemory or Cancelled; whatever
+        it raises, the device is free for the next request.
+        """
+        stop = stop or threading.Event()
+        while not self._device_lock.acquire(timeout=WAITING_SECONDS):
+            yield Waiting()
+            _check(stop)
+        try:
+            yield from self._generate(request, stop)
+        finally:
+            self._device_lock.release()
+
+    def plan(self, request: Request, hardware: Hardware | None = None) -> Plan:
+        """How the request would run, on this machine or on `hardware`; loads and downloads nothing."""
+        here = hardware or self._hardware or Hardware.detect(self.settings.device)
+        return self._plan(self._pipeline(request, _seeds(request), here), here)
+
+    def describe(self, family: str, checkpoint: str) -> CheckpointInfo:
+        """What is known of a checkpoint without loading, downloading or torch."""
+        entry = next((entry for entry in catalog.entries(family) if entry.name == checkpoint), None)
+        source = resolve(checkpoint, family, self.settings)
+        extras = source.extras()
+        return CheckpointInfo(
+            name=checkpoint,
+            title=entry.title if entry else source.name,
+            licence=entry.licence if entry else "",
+            defaults={**(entry.defaults if entry else {}), **extras.get("defaults", {})},
+            vocabulary=extras.get("vocabulary", {}),
+            examples=extras.get("examples", []),
+        )
+
+    def catalogue(self, family: str) -> list[str]:
+        """The names of the checkpoints known by name."""
+        return [entry.name for entry in catalog.entries(family)]
+
+    def warm(self, family: str = "sd15") -> None:
+        """Load the built-in checkpoint and run a step, so that the first picture does not wait for it."""
+        request = SD15Request(seed=0, steps=1)
+        with self._device_lock:
+            here = self._hardware or Hardware.detect(self.settings.device)
+            pipeline = self._pipeline(request, _seeds(request), here)
+            deque(self._run_phases(pipeline, threading.Event(), {}, {}, []), maxlen=0)
+
+    def unload(self) -> None:
+        """Free every component and kept result; waits for the request that is running."""
+        with self._device_lock:
+            self._cache.clear()
+            self._manager.clear()
+
+    def _generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
+        begin = time.perf_counter()
+        _check(stop)
+        here = self._hardware or Hardware.detect(self.settings.device)
+        if not self._manager.bytes:
+            self._baseline = anonymous_bytes() if here.device == "cpu" else 0
+        seeds = _seeds(request)
+        pipeline = self._pipeline(request, seeds, here)
+        plan = self._plan(pipeline, here)
+        yield Planned(plan=plan)
+        if not plan.fits:
+            raise OutOfMemory(plan.decisions[0])
+        self.gallery.check()
+        for loading in self._fetch(request, here):
+            yield loading
+            _check(stop)
+        pipeline = self._pipeline(request, seeds, here)  # its configs are the checkpoint's own now
+        wanted = {component.identity for component in pipeline.components.values()}
+        self._manager.make_room(plan.budget_bytes - max(phase.work_bytes for phase in plan.phases), wanted)
+
+        timings: dict[str, float] = {}
+        results: dict[str, Any] = {}
+        notices: list[str] = []
+        with PeakMeter(here.device) as meter:
+            yield from self._run_phases(pipeline, stop, results, timings, notices)
+        pictures: list[Image] = results[pipeline.phases[-1].name]
+        timings["total"] = time.perf_counter() - begin
+        rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
+        files = self._save(pictures, pipeline, seeds, {"family": request.family, "timings": rounded}, notices)
+        yield Finished(
+            result=Result(
+                images=pictures,
+                files=files,
+                seeds=list(seeds),
+                plan=plan,
+                timings=rounded,
+                settings=pipeline.settings,
+                peak_bytes=max(meter.peak - self._baseline, 0),
+                notices=notices,
+            )
+        )
+
+    def _run_phases(
+        self,
+        pipeline: Pipeline,
+        stop: threading.Event,
+        results: dict[str, Any],
+        timings: dict[str, float],
+        notices: list[str],
+    ) -> Iterator[Event]:
+        """Run each phase, or take its kept result; fills `results`, `timings` and `notices`."""
+        for phase in pipeline.phases:
+            begin = time.perf_counter()
+            kept = self._cache.get(phase.key)
+            results[phase.name] = kept if kept is not None else (
+                yield from self._run_phase(phase, pipeline, stop, results, notices)
+            )  # fmt: skip
+            self._cache.put(phase.key, results[phase.name])
+            timings[phase.name] = time.perf_counter() - begin
+
+    def _run_phase(
+        self,
+        phase: Phase,
+        pipeline: Pipeline,
+        stop: threading.Event,
+        results: dict[str, Any],
+        notices: list[str],
+    ) -> Generator[Event, None, Any]:
+        with ExitStack() as loans:
+            parts = {}
+            for name in phase.components:
+                component = pipeline.components[name]
+                fresh = not self._manager.holds(component)
+                if fresh:
+                    yield Loading(component=name, action="load", done_bytes=0, total_bytes=component.bytes)
+                parts[name] = loans.enter_context(self._manager.use(component))
+                if fresh:
+                    size = component.bytes
+                    yield Loading(component=name, action="load", done_bytes=size, total_bytes=size)
+                _check(stop)
+            begin, shown = time.perf_counter(), -PREVIEW_SECONDS
+            work = phase.run(parts, results)
+            while True:
+                try:
+                    report = next(work)
+                except StopIteration as done:
+                    return done.value
+                if isinstance(report, Notice):
+                    notices.append(report.text)
+                    yield report
+                    continue
+                now = time.perf_counter() - begin
+                drawn = report.preview is not None and now - shown >= PREVIEW_SECONDS
+                if drawn:
+                    shown = now
+                yield _step(phase.name, report, now, drawn)
+                _check(stop)
+
+    def _fetch(self, request: Request, here: Hardware) -> Iterator[Event]:
+        """Download what the checkpoint lacks here; nothing for a local one."""
+        source = resolve(request.checkpoint, request.family, self.settings, request.config_from)
+        precision = str(self._dtype(request, here)).removeprefix("torch.")
+        room = import_module(ROOMS[request.family])
+        yield from source.fetch(room.COMPONENTS, precision)
+
+    def _pipeline(self, request: Request, seeds: tuple[int, ...], here: Hardware) -> Pipeline:
+        import torch
+
+        if request.family not in ROOMS:
+            raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(ROOMS)}")
+        source = resolve(request.checkpoint, request.family, self.settings, request.config_from)
+        dtype, device = self._dtype(request, here), torch.device(here.device)
+        room = import_module(ROOMS[request.family])
+        return room.pipeline(request, source, seeds=seeds, dtype=dtype, device=device)
+
+    def _dtype(self, request: Request, here: Hardware) -> torch.dtype:
+        """The request's precision over the settings'; "auto" is the fastest that the device computes in."""
+        import torch
+
+        name = request.dtype if request.dtype != "auto" else self.settings.dtype
+        if name == "auto":
+            # fp16 keeps three more bits than bf16, and no network of this family overflows but the VAE,
+            # whose decode is repeated in fp32; CPUs compute in bf16 or fp32 only
+            name = "float16" if here.device != "cpu" else "bfloat16" if here.bf16 else "float32"
+        return getattr(torch, name)
+
+    def _plan(self, pipeline: Pipeline, here: Hardware) -> Plan:
+        # what is loaded has been taken from the free memory already, and counts in the plan
+        free = here.free_bytes + (0 if self._hardware else self._manager.bytes)
+        return make_plan(
+            {name: component.bytes for name, component in pipeline.components.items()},
+            [(phase.name, phase.components, phase.work_bytes) for phase in pipeline.phases],
+            hardware=replace(here, free_bytes=min(free, here.total_bytes)),
+            precision=pipeline.precision,
+            cap_gib=self.settings.vram,
+        )
+
+    def _save(
+        self,
+        pictures: list[Image],
+        pipeline: Pipeline,
+        seeds: tuple[int, ...],
+        facts: dict[str, Any],
+        notices: list[str],
+    ) -> list[Path]:
+        """Write every picture; where the home fails (a full disk), to a temporary folder rather than nowhere.
+
+        Raises StorageError, which holds the pictures, where that fails too.
+        """
+        gallery, files = self.gallery, []
+        for picture, seed in zip(pictures, seeds, strict=True):
+            text = infotext.describe(pipeline.settings, seed)
+            record = {**pipeline.settings, "seed": seed, **facts}
+            try:
+                files.append(gallery.save(picture, text, record))
+            except StorageError as error:
+                spare = Gallery(Path(tempfile.mkdtemp(prefix="triptych-")))
+                notices.append(f"{error}. Until then pictures go to {spare.outputs}.")
+                gallery = spare
+                try:
+                    files.append(gallery.save(picture, text, record))
+                except StorageError:
+                    raise StorageError(str(error), tuple(pictures)) from error
+        return files
+
+
+def _step(name: str, report: Progress, elapsed: float, drawn: bool) -> Step:
+    left = elapsed / report.step * (report.steps - report.step)
+    previews = report.preview() if drawn and report.preview else ()
+    return Step(phase=name, step=report.step, steps=report.steps, eta_s=round(left, 2), previews=previews)
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Cancelled("Stopped.")
+
+
+def _seeds(request: Request) -> tuple[int, ...]:
+    first = request.seed if request.seed >= 0 else secrets.randbelow(MAX_SEED + 1)
+    return tuple((first + index) % (MAX_SEED + 1) for index in range(request.num_images))

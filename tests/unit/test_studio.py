@@ -1,0 +1,240 @@
+"""The front door: the order of events, cancelling, kept results, what is written, what fails safely."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from backend import (
+    Cancelled,
+    CheckpointError,
+    Hardware,
+    InvalidRequest,
+    OutOfMemory,
+    SD15Request,
+    Settings,
+    StorageError,
+    Studio,
+)
+from backend.events import Finished, Loading, Planned, Step, Waiting
+from backend.sd15 import pipeline as sd15
+from backend.sd15.unet import UNet
+from tests.checkpoints import sd15_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sd15_folder(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    return Studio(Settings(device="cpu", dtype="float32", home=tmp_path / "home"))
+
+
+def request(folder: Path, **fields: Any) -> SD15Request:
+    values: dict[str, Any] = {"prompt": "a red house", "seed": 1, "steps": 3, "width": 64, "height": 64}
+    return SD15Request(checkpoint=str(folder), **values | fields)
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch size of every UNet forward."""
+    seen: list[int] = []
+    forward = UNet.forward
+
+    def counted(self: UNet, latents: Any, *rest: Any) -> Any:
+        seen.append(len(latents))
+        return forward(self, latents, *rest)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    return seen
+
+
+def test_events_come_in_order_and_tell_it_all(studio: Studio, folder: Path) -> None:
+    events = list(studio.generate(request(folder, num_images=2)))
+    assert isinstance(events[0], Planned)
+    assert {e.component for e in events if isinstance(e, Loading)} == {"text_encoder", "unet", "vae"}
+    steps = [(e.phase, e.step, e.steps) for e in events if isinstance(e, Step)]
+    assert steps == [
+        ("encode", 1, 1),
+        *(("denoise", i, 3) for i in (1, 2, 3)),
+        ("decode", 1, 2),
+        ("decode", 2, 2),
+    ]
+    previews = [e.previews for e in events if isinstance(e, Step) and e.previews]
+    assert previews
+    assert all(len(pictures) == 2 for pictures in previews)
+    assert isinstance(events[-1], Finished)
+    result = events[-1].result
+    assert result.seeds == [1, 2]
+    assert set(result.timings) == {"encode", "denoise", "decode", "total"}
+    assert result.settings["sampler"] == "pndm"
+    assert result.peak_bytes > 0
+    assert result.plan.to_dict()["phases"][1]["components"][0]["name"] == "unet"
+
+
+def test_files_are_png_with_parameters(studio: Studio, folder: Path) -> None:
+    result = studio.run(
+        request(folder, prompt="a red house, (night:1.2)", negative_prompt="sea", clip_skip=1)
+    )
+    assert [path.suffix for path in result.files] == [".png"]
+    with Image.open(result.files[0]) as picture:
+        text = picture.info["parameters"]
+        assert np.array_equal(np.asarray(picture), np.asarray(result.images[0]))
+    assert text.startswith("a red house, (night:1.2)\nNegative prompt: sea\nSteps: 3, Sampler: PLMS, ")
+    for part in (
+        "CFG scale: 7.5",
+        "Seed: 1",
+        "Size: 64x64",
+        "Model: tiny",
+        "Clip skip: 2",
+        "Version: Triptych",
+    ):
+        assert part in text
+
+
+def test_random_seed_is_reported_and_gives_the_picture_again(studio: Studio, folder: Path) -> None:
+    first = studio.run(request(folder, seed=-1))
+    again = studio.run(request(folder, seed=first.seeds[0]))
+    other = studio.run(request(folder, seed=(first.seeds[0] + 1) % 2**32))
+    assert np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+    assert not np.array_equal(np.asarray(first.images[0]), np.asarray(other.images[0]))
+
+
+def test_guidance_runs_in_one_batch_and_is_skipped_at_one(
+    studio: Studio, folder: Path, forwards: list[int]
+) -> None:
+    studio.run(request(folder, sampler="ddim", num_images=3))
+    assert forwards == [6, 6, 6]
+    forwards.clear()
+    studio.run(request(folder, sampler="ddim", guidance_scale=1.0))
+    assert forwards == [1, 1, 1]
+
+
+def test_kept_results_are_not_computed_again(
+    studio: Studio, folder: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encodes: list[Any] = []
+    encode = sd15.encode_prompts
+    monkeypatch.setattr(sd15, "encode_prompts", lambda *a, **k: encodes.append(a) or encode(*a, **k))
+    first = studio.run(request(folder, sampler="ddim"))
+    again = studio.run(request(folder, sampler="ddim"))
+    assert (len(encodes), len(forwards)) == (1, 3)
+    assert np.array_equal(np.asarray(first.images[0]), np.asarray(again.images[0]))
+    studio.run(request(folder, sampler="ddim", seed=2))  # the same prompt, another picture
+    assert (len(encodes), len(forwards)) == (1, 6)
+    studio.run(request(folder, sampler="ddim", prompt="a blue house"))
+    assert (len(encodes), len(forwards)) == (2, 9)
+
+
+def test_stop_ends_within_a_step_and_the_next_request_works(
+    studio: Studio, folder: Path, forwards: list[int]
+) -> None:
+    stop = threading.Event()
+    events = studio.generate(request(folder, steps=50, sampler="ddim"), stop)
+    for event in events:
+        if isinstance(event, Step) and event.phase == "denoise" and event.step == 2:
+            break
+    stop.set()
+    with pytest.raises(Cancelled):
+        next(events)
+    assert len(forwards) == 2
+    assert studio.run(request(folder)).images
+
+
+def test_closing_the_generator_frees_the_device(studio: Studio, folder: Path) -> None:
+    events = studio.generate(request(folder, steps=50))
+    for event in events:
+        if isinstance(event, Step):
+            break
+    events.close()  # type: ignore[attr-defined]
+    assert studio.run(request(folder)).images
+
+
+def test_a_second_request_waits_for_the_first(studio: Studio, folder: Path) -> None:
+    first = studio.generate(request(folder))
+    next(first)
+    second = studio.generate(request(folder, seed=9))
+    assert isinstance(next(second), Waiting)
+    assert isinstance(list(first)[-1], Finished)
+    assert isinstance(list(second)[-1], Finished)
+
+
+def test_plan_loads_nothing(studio: Studio, folder: Path) -> None:
+    plan = studio.plan(request(folder, width=512, height=512), hardware=Hardware.card(gib=6, ram_gib=32))
+    assert plan.device == "cuda"
+    assert plan.fits
+    assert [phase.name for phase in plan.phases] == ["encode", "denoise", "decode"]
+    assert plan.phases[2].work_bytes > 0
+    assert studio.plan(request(folder), hardware=Hardware.card(gib=6)).peak_bytes < plan.peak_bytes
+    assert not any(studio._manager.names())
+
+
+def test_published_checkpoint_is_planned_unseen(tmp_path: Path) -> None:
+    studio = Studio(Settings(device="cpu", home=tmp_path, models_dir=tmp_path, offline=True))
+    plan = studio.plan(SD15Request(checkpoint="sd15"), hardware=Hardware.card(gib=8))
+    sizes = {part.name: part.bytes for phase in plan.phases for part in phase.components}
+    assert sizes["unet"] == pytest.approx(1.719e9, rel=0.01)  # the published size in 16 bits
+    assert plan.fits
+    assert not studio.plan(SD15Request(checkpoint="sd15"), hardware=Hardware.card(gib=2)).fits
+
+
+def test_what_does_not_fit_is_refused_before_it_loads(folder: Path, tmp_path: Path) -> None:
+    studio = Studio(Settings(device="cpu", dtype="float32", home=tmp_path, vram=0.51))
+    events = studio.generate(request(folder, width=2048, height=2048))
+    assert isinstance(next(events), Planned)
+    with pytest.raises(OutOfMemory, match="GiB"):
+        next(events)
+    assert not any(studio._manager.names())
+
+
+def test_unwritable_home_is_said_before_the_work(folder: Path, tmp_path: Path, forwards: list[int]) -> None:
+    (tmp_path / "home").write_text("a file where the folder should be")
+    studio = Studio(Settings(device="cpu", dtype="float32", home=tmp_path / "home"))
+    with pytest.raises(StorageError, match="home"):
+        studio.run(request(folder))
+    assert not forwards
+
+
+def test_full_disk_loses_no_picture(studio: Studio, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Path:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(studio.gallery, "save", full)
+    result = studio.run(request(folder, num_images=2))
+    assert len(result.files) == 2
+    assert all(path.is_file() for path in result.files)  # in a temporary folder
+    assert "the disk is full" in result.notices[-1]
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(StorageError) as caught:
+        studio.run(request(folder, num_images=2))
+    assert len(caught.value.images) == 2
+
+
+def test_failed_request_frees_the_device(studio: Studio, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        studio.run(request(tmp_path / "nowhere"))
+    with pytest.raises(InvalidRequest):
+        studio.run(request(folder, steps=0))
+    assert studio.run(request(folder)).images
+
+
+def test_unload_forgets_everything(studio: Studio, folder: Path, forwards: list[int]) -> None:
+    studio.run(request(folder, sampler="ddim"))
+    studio.unload()
+    assert not studio._manager.bytes
+    studio.run(request(folder, sampler="ddim"))
+    assert len(forwards) == 6
+
+
+def test_unet_of_nine_channels_is_refused_by_name(studio: Studio, tmp_path: Path) -> None:
+    inpainting = sd15_folder(tmp_path / "inpainting", in_channels=9)
+    with pytest.raises(CheckpointError, match="inpainting"):
+        studio.run(request(inpainting))
