@@ -17,7 +17,7 @@ CACHE = Path(__file__).parent / ".cache"
 
 @dataclass(frozen=True, kw_only=True)
 class Postcards:
-    """Pictures and what they show: pixels (N, 128, 128, 3) uint8, boxes (N, 4) left, top, right, bottom in pixels."""
+    """Pictures and what they show: pixels (N, 128, 128, 3) uint8, boxes (N, 4) left, top, right, bottom."""
 
     pixels: np.ndarray
     boxes: np.ndarray

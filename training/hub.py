@@ -22,7 +22,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_component(folder: Path, config: dict[str, Any], weights: Weights, name: str) -> None:
-    """`config.json` and the weights file `name` in `folder`; who reads at that moment sees old or new, not half."""
+    """`config.json` and the weights file `name` in `folder`; a reader sees the old or the new, not half."""
     write_json(folder / "config.json", config)
     part = folder / f"{name}.part"
     save_file({key: half(value) for key, value in weights.items()}, part, metadata={"format": "pt"})

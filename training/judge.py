@@ -1,16 +1,20 @@
 """The judge: a small classifier, trained on renders, that says what a postcard shows.
 
 `python -m training.judge train` trains it and writes `assets/demo/judge.safetensors`;
-`python -m training.judge score` paints 400 held-out prompts with the demo checkpoint of a family and writes how
-many the judge finds right, and a sample sheet, to `assets/demo/README.md`.
+`python -m training.judge score` paints 400 held-out prompts with the demo checkpoint of a family and writes
+how many the judge finds right, and a sample sheet, to `assets/demo/README.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
+import tempfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +24,62 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.data import CACHE, postcards
+from training.hub import DEMO, write_json
 from training.loop import Losses, Recipe, fit, log
-from training.postcards import ATTRIBUTES, SIZE, Scene
+from training.postcards import (
+    ATTRIBUTES,
+    COLOURS,
+    HELD_OUT_PERCENT,
+    SIZE,
+    SUBJECTS,
+    TIMES,
+    Scene,
+    caption,
+    random_scene,
+)
 
-WEIGHTS = Path(__file__).parents[1] / "assets" / "demo" / "judge.safetensors"
+WEIGHTS = DEMO / "judge.safetensors"
 RECIPE = Recipe(steps=1800, learning_rate=2e-3, weight_decay=0.05, average=0.99, save_every=300)
+FAMILIES = {"sd15": "Stable Diffusion 1.5"}
+PROMPTS = 400
+SCORE_SEED = 20_000
+SAMPLES = [
+    *(f"a red {subject} on green hills at noon, sun" for subject in SUBJECTS),
+    *(f"a {colour} house in snowy mountains at dawn" for colour in COLOURS),
+    "a white hot-air balloon over sand dunes at sunset",
+    *(
+        f"a yellow sailboat on a calm sea at {time} on the {place}"
+        for time in TIMES
+        for place in ("left", "right")
+    ),
+    "a red lighthouse on green hills at sunset",
+    "a blue house in snowy mountains at night, full moon",
+    "a purple castle by the sea at night, starry sky",
+    "an orange tent on sand dunes at dawn, a few clouds",
+    "a white windmill on green hills at noon, clear sky",
+    "a green pine tree in snowy mountains at sunset, sun",
+    "a red house at night",
+    "a purple hot-air balloon, full moon",
+]
+README = """\
+# The demo checkpoints: Postcards
+
+Small models in the true architecture of each family, trained from scratch on flat-design landscapes that
+`training/postcards.py` draws. They know the words of its captions and nothing else: four times of day, four
+lands, eight subjects, seven colours, three places, sun, moon, clouds and stars. The list is in the file
+`triptych.json` beside each model.
+
+## How well they do
+
+{prompts} prompts that name all six attributes, about combinations of subject, colour, land and time that
+training never saw ({held_out}% are held out), one picture each at the default settings, judged by a classifier
+(`judge.safetensors`) that is itself right about all six attributes on more than 99% of held-out renders.
+
+{table}
+
+`python -m training.judge score` repeats this; `python -m training.train_sd15` trains.
+
+{sheets}"""
 COUNTS = [len(values) for values in ATTRIBUTES.values()]
 
 
@@ -124,10 +179,68 @@ def roughen(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return pixels + 0.05 * torch.rand((), generator=generator) * noise + 0.03 * shift
 
 
+def score(family: str) -> None:
+    """Paints held-out prompts with the family's demo through the engine, and writes the figures."""
+    from backend import SD15Request, Settings, Studio  # only scoring needs the engine
+
+    request_of = {"sd15": SD15Request}[family]
+    rng = random.Random(SCORE_SEED)
+    scenes = [random_scene(rng, held_out=True) for _ in range(PROMPTS)]
+    prompts = [caption(scene, rng, left_out=0) for scene in scenes]
+    expert, verdicts, pictures = load(), [], []
+    with tempfile.TemporaryDirectory() as home:
+        studio = Studio(Settings(device="cpu", home=Path(home)))
+        for index, prompt in enumerate(prompts):
+            request = request_of(prompt=prompt, seed=SCORE_SEED + index)
+            pictures.append(studio.run(request).images[0])
+            verdicts += look(expert, pictures[-1:])
+        samples = [studio.run(request_of(prompt=prompt, seed=7)).images[0] for prompt in SAMPLES]
+    agreed = [verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
+    figures: dict[str, Any] = {name: sum(one[name] for one in agreed) / PROMPTS for name in ATTRIBUTES}
+    figures["all six"] = sum(all(one.values()) for one in agreed) / PROMPTS
+    for prompt, one, verdict in zip(prompts, agreed, verdicts, strict=True):
+        for name in (name for name, right in one.items() if not right):
+            log(f"{name} {getattr(verdict, name)}: {prompt}")
+    log(" ".join(f"{name} {share:.4f}" for name, share in figures.items()))
+    sheet(pictures[:100], columns=10).save(CACHE / f"{family}-looked-at.png")
+    sheet(samples, columns=8).quantize(256).save(DEMO / f"{family}-samples.png", optimize=True)
+    write_json(DEMO / f"{family}-score.json", {"prompts": PROMPTS, "seed": SCORE_SEED, "right": figures})
+    write_readme()
+
+
+def sheet(pictures: list[Image.Image], *, columns: int) -> Image.Image:
+    """The pictures side by side, row by row, two pixels apart."""
+    cell = SIZE + 2
+    paper = Image.new("RGB", (cell * columns - 2, cell * -(-len(pictures) // columns) - 2), (255, 255, 255))
+    for index, picture in enumerate(pictures):
+        paper.paste(picture.resize((SIZE, SIZE)), (index % columns * cell, index // columns * cell))
+    return paper
+
+
+def write_readme() -> None:
+    """`assets/demo/README.md` from the families' figures."""
+    rows, sheets = [], []
+    for family, title in FAMILIES.items():
+        file = DEMO / f"{family}-score.json"
+        if not file.exists():
+            continue
+        right = json.loads(file.read_text(encoding="utf-8"))["right"]
+        rows.append(f"| {title} | " + " | ".join(f"{share:.1%}" for share in right.values()) + " |")
+        sheets.append(f"## {title}\n\n![Postcards painted by the {title} demo]({family}-samples.png)\n")
+    names = [*ATTRIBUTES, "all six"]
+    table = "\n".join(["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|", *rows])
+    text = README.format(prompts=PROMPTS, table=table, sheets="\n".join(sheets), held_out=HELD_OUT_PERCENT)
+    (DEMO / "README.md").write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=("train",))
-    if parser.parse_args().task == "train":
+    parser.add_argument("task", choices=("train", "score"))
+    parser.add_argument("family", nargs="?", choices=tuple(FAMILIES), default="sd15")
+    arguments = parser.parse_args()
+    if arguments.task == "train":
         train()
+    else:
+        score(arguments.family)

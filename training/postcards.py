@@ -2,10 +2,10 @@
 
 A `Scene` is what a picture shows: six judged attributes and whether there are clouds. `render` draws it (the
 scene says what, the generator says exactly where), `caption` puts it into words, with synonyms, in several
-orders and with attributes left out. About 8% of the (subject, colour, land, time) combinations are held out of
-training; prompts about them measure whether a model combines what it learned or recites it.
+orders and with attributes left out. About 8% of the (subject, colour, land, time) combinations are held out
+of training; prompts about them measure whether a model combines what it learned or recites it.
 
-Coordinates are pixels of the 128 × 128 picture, y down. Drawing is at four times that size, then averaged down.
+Coordinates are pixels of the 128 × 128 picture, y down. Drawing is at four times the size, then averaged.
 """
 
 from __future__ import annotations
@@ -472,7 +472,7 @@ def sky_gradient(time: str, glow: Point | None) -> Image.Image:
         tint, strength = ((200, 210, 255), 0.32) if time == "night" else ((255, 246, 200), 0.55)
         sky += (np.array(tint) - sky) * strength * np.exp(-((distance / 22) ** 2))
     pixels = np.clip(sky, 0, 255).astype(np.uint8)
-    return Image.fromarray(pixels).resize((SIZE * OVERSAMPLE,) * 2, Image.Resampling.BILINEAR)
+    return Image.fromarray(pixels).resize((SIZE * OVERSAMPLE, SIZE * OVERSAMPLE), Image.Resampling.BILINEAR)
 
 
 def sky_body_position(scene: Scene, x: float, rng: random.Random) -> Point:

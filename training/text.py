@@ -1,4 +1,4 @@
-"""The demo text side: a byte-level BPE tokenizer with a token per caption word, and a small CLIP text model."""
+"""The demo text side: a byte-level BPE tokenizer, a token per caption word, and a small CLIP text model."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ def caption_tokenizer(folder: Path) -> CLIPTokenizer:
 def text_config(
     tokenizer: CLIPTokenizer, *, width: int = 128, layers: int = 2, heads: int = 4
 ) -> CLIPTextConfig:
+    ids = tokenizer.get_vocab()
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -98,16 +99,16 @@ def text_config(
         num_attention_heads=heads,
         max_position_embeddings=TOKENS,
         hidden_act="quick_gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=ids[START],
+        eos_token_id=ids[END],
+        pad_token_id=ids[END],
     )
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """(B, 77) token ids, padded with the end token."""
     padded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    return padded["input_ids"]  # pyright: ignore[reportReturnType]
+    return padded["input_ids"]
 
 
 class CaptionReader(nn.Module):

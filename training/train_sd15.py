@@ -1,8 +1,8 @@
 """Trains the Stable Diffusion 1.5 demo checkpoint and writes it to `assets/demo/sd15/` in hub layout.
 
-`python -m training.train_sd15` runs every stage that is not done yet, `python -m training.train_sd15 vae` one of
-them; what was interrupted resumes. Stages: vae, latents, text, decoder, unet, export. The whole takes an hour and
-a half on two cores.
+`python -m training.train_sd15` runs every stage that is not done yet, `python -m training.train_sd15 vae` one
+of them; what was interrupted resumes. Stages: vae, latents, text, decoder, unet, export. The whole takes an
+hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
     "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
-    # At the noisiest steps a small error in predicted noise is a large one in the picture; not so in velocity.
+    # At the noisiest steps a small error in the noise is a large one in the picture; not so in velocity.
     "prediction_type": "v_prediction",
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
@@ -242,7 +242,7 @@ def words_for(scene: Scene, rng: random.Random) -> str:
 
 
 def box_weights(boxes: Tensor) -> Tensor:
-    """(N, 4) boxes in pixels → (N, 1, 16, 16) weights of mean 1, higher where a latent pixel is in the box."""
+    """(N, 4) boxes in pixels → (N, 1, 16, 16) weights of mean 1, higher where a cell is in the box."""
     cells = torch.arange(16) * 8.0
     left, top, right, bottom = (side[:, None] for side in boxes.unbind(1))
     across = (cells + 8 > left) & (cells < right)
@@ -276,7 +276,8 @@ def export() -> None:
     latents_file, unet_file = CACHE / "sd15-latents.pt", CACHE / "sd15-unet.pt"
     trained_stages = [stage for stage in ("decoder", "vae") if (CACHE / f"sd15-{stage}.pt").exists()]
     vae = trained_vae(trained_stages[0]) if trained_stages else new_vae()
-    fitted = trained_latents() if latents_file.exists() else {"scaling": 0.18215, "rgb": torch.zeros(5, 3)}
+    untrained: dict[str, Any] = {"scaling": 0.18215, "rgb": torch.zeros(5, 3)}
+    fitted = trained_latents() if latents_file.exists() else untrained
     config = VAE_CONFIG | {"scaling_factor": round(fitted["scaling"], 6)}
     write_component(FOLDER / "vae", config, vae.state_dict(), "diffusion_pytorch_model.safetensors")
     trained = (

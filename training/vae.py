@@ -20,8 +20,8 @@ LATENT_NOISE = 0.1  # of the latents' spread, at most
 
 
 def train_autoencoder(vae: Autoencoder, shown: Postcards, recipe: Recipe, checkpoint: Path) -> Autoencoder:
-    """At first crops from anywhere; after a quarter of the steps mostly crops around the subject, where the detail
-    is, and every fourth step whole pictures, since the middle attention must learn their size too."""
+    """At first crops from anywhere; after a quarter of the steps mostly crops around the subject, where the
+    detail is, and every fourth step whole pictures, since the middle attention must learn their size too."""
 
     def losses_at(step: int, generator: torch.Generator) -> Losses:
         whole = step % 4 == 3
@@ -45,8 +45,8 @@ def train_autoencoder(vae: Autoencoder, shown: Postcards, recipe: Recipe, checkp
 def train_decoder(
     vae: Autoencoder, latents: Tensor, shown: Postcards, recipe: Recipe, checkpoint: Path
 ) -> Autoencoder:
-    """Polishes the decoder on a finished encoder's raw `latents` (N, Z, 16, 16), while a denoiser already trains
-    on them. A little noise on the latents makes it forgive the denoiser's small errors."""
+    """Polishes the decoder on a finished encoder's raw `latents` (N, Z, 16, 16), while a denoiser already
+    trains on them. A little noise on the latents makes it forgive the denoiser's small errors."""
     spread = latents.std()
 
     def losses_at(_: int, generator: torch.Generator) -> Losses:
@@ -85,7 +85,7 @@ def crops(pixels: Tensor, boxes: Tensor, around: float, generator: torch.Generat
 
 
 def reconstruction_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
-    """L1 at three sizes, L1 of the gradients for crisp edges, and squares, or small stars are averaged away."""
+    """L1 at three sizes, L1 of the gradients for crisp edges, squares to keep small stars."""
     loss = 2 * functional.mse_loss(drawn, pixels)
     for axis in (2, 3):
         loss = loss + functional.l1_loss(drawn.diff(dim=axis), pixels.diff(dim=axis))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_about_eight_percent_is_held_out_and_never_drawn_for_training() -> None:
 
 def test_held_out_depends_on_the_combination_alone() -> None:
     for scene in every_combination():
-        elsewhere = Scene(**{**vars(scene), "place": "right", "clouds": True})
+        elsewhere = replace(scene, place="right", clouds=True)
         assert scene.held_out() == elsewhere.held_out()
 
 
@@ -110,7 +111,7 @@ def test_full_captions_name_subject_colour_and_place() -> None:
             if name == "sky":
                 continue
             other = next(value for value in values if value != getattr(scene, name))
-            changed = Scene(**{**vars(scene), name: other})
+            changed = Scene(**{**vars(scene), name: other})  # pyright: ignore[reportArgumentType]
             assert caption(scene, random.Random(7), left_out=0) != caption(
                 changed, random.Random(7), left_out=0
             )
@@ -149,5 +150,5 @@ def test_the_judge_tells_a_red_house_at_night_from_a_blue_one() -> None:
     picture, _ = render(RED_HOUSE_AT_NIGHT, random.Random(11))
     verdict = judge.look(expert, [picture.resize((256, 256))])[0]  # and pictures of other sizes too
     assert (verdict.colour, verdict.subject, verdict.time) == ("red", "house", "night")
-    blue = Scene(**{**vars(RED_HOUSE_AT_NIGHT), "colour": "blue"})
+    blue = replace(RED_HOUSE_AT_NIGHT, colour="blue")
     assert not verdict.agrees(blue)["colour"]
