@@ -12,12 +12,13 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from backend import Settings, Studio
-from backend.errors import InvalidRequest
+from backend.errors import InvalidRequest, TriptychError
 from backend.requests import DTYPES
 from backend.settings import DEVICES
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     check_port(settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))  # unwinds from wherever the start, or the wait, is
     copies = tempfile.mkdtemp(prefix="triptych-")  # Gradio's copies of what it serves; its default is shared
     os.environ["GRADIO_TEMP_DIR"] = copies
     try:
@@ -107,13 +110,10 @@ def check_port(settings: Settings) -> None:
 
 
 def serve(settings: Settings) -> None:
-    """Run until Ctrl-C or SIGTERM."""
+    """Run until a signal ends the program."""
     from ui import blocks, theme  # imports Gradio, which reads GRADIO_TEMP_DIR
     from ui.jobs import Jobs
 
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     studio = Studio(settings)
     jobs = Jobs(studio)
     demo = blocks.build(jobs)
@@ -134,10 +134,22 @@ def serve(settings: Settings) -> None:
     )
     if not settings.share:
         print(f"Triptych is at {demo.local_url}", flush=True)
-    threading.Thread(target=studio.warm, daemon=True, name="warm").start()
-    ended.wait()
-    demo.close(verbose=False)
-    jobs.close()
+    threading.Thread(target=warm, args=(studio,), daemon=True, name="warm").start()
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        jobs.close()
+        demo.server.force_exit = True  # else an open page holds the end up for five seconds
+        demo.close(verbose=False)
+
+
+def warm(studio: Studio) -> None:
+    """Import torch and load the demo while the page is already up."""
+    try:
+        studio.warm()
+    except TriptychError as error:
+        logging.getLogger("triptych").warning("the demo checkpoint could not be loaded yet: %s", error)
 
 
 def _login(auth: str | None) -> tuple[str, str] | None:

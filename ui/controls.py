@@ -37,14 +37,14 @@ class Controls:
         return fields | {"seed": _seed(fields["seed"])}
 
     def filled(self, settings: dict[str, Any]) -> list[Any]:
-        """Values for `inputs` that ask for the same pictures again."""
-        shown = settings | {"seed": str(settings["seed"]), "config_from": settings["config_from"] or ""}
-        return [shown[field] for field in self.by_field]
+        """Values for `inputs` that ask for the same pictures again; what settings do not tell stays."""
+        shown = settings | {"seed": str(settings["seed"])}
+        return [shown.get(field, gr.skip()) for field in self.by_field]
 
 
-def _seed(text: str) -> Any:
+def _seed(text: str | None) -> Any:
     """An empty field is a random seed; what is no number goes on as it is, and the request names it."""
-    text = text.strip()
+    text = (text or "").strip()
     return int(text) if text.removeprefix("-").isdecimal() else text or -1
 
 

@@ -162,7 +162,7 @@ def _bar(share: float | None) -> str:
 def plan(shape: Mapping[str, Any]) -> str:
     """The plan in words, from `Plan.to_dict()`."""
     head = (
-        f"<p>Runs on <b>{escape(str(shape['device']))}</b>: at most <b>{size(shape['peak_bytes'])}</b>"
+        f"<p>Runs on <b>{escape(shape['device'].upper())}</b>: at most <b>{size(shape['peak_bytes'])}</b>"
         f" of the <b>{size(shape['budget_bytes'])}</b> that it may use.</p>"
     )
     rows = "".join(_phase(phase) for phase in shape["phases"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,12 @@ from ui.controls import CUSTOM, Controls
 from ui.handlers import Easel
 from ui.jobs import Jobs
 
-DEVICE: dict[str, Any] = {
-    "concurrency_id": "device",
-    "concurrency_limit": 1,
-}  # one request at a time, whichever way it came
+# One request at a time, whichever way it came.
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 DEFAULTS = ("steps", "guidance_scale", "sampler", "width", "height")  # what a checkpoint has its own of
-STARTING = f"() => {render.starting()!r}"
+EXAMPLES = 4  # shown at once
+STARTING = f"() => {json.dumps(render.starting())}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def sd15(jobs: Jobs) -> None:
             status = gr.HTML(render.ready(), elem_classes="status-line")
             again = gr.Button("Reuse these settings", size="sm", elem_classes="again")
         with gr.Column(elem_classes="about"):
-            examples = gr.HTML(render.examples(info.examples), js_on_load=PICK)
+            examples = gr.HTML(render.examples(info.examples[:EXAMPLES]), js_on_load=PICK)
             note = gr.HTML(describe_note(info))
         with gr.Column(elem_classes="tune"):
             shape, numbers = controls.size_and_shape(info.defaults, SD15Request.size_multiple)
@@ -114,15 +114,16 @@ class Sheet:
         seed = self._field("seed")
         buttons.random.click(None, None, seed, js="() => ''", **QUIET)
         buttons.reuse.click(_last_seed, [self.easel.last, seed], seed, **QUIET)
-        outputs = [self.shape, *self.controls.inputs]
+        outputs = [self.note, self.examples, self.shape, *self.controls.inputs]
         buttons.again.click(self._last_settings, self.easel.last, outputs, **QUIET)
 
     def _last_settings(self, last: dict[str, Any] | None) -> list[Any]:
         if last is None:
-            return [gr.skip()] * (1 + len(self.controls.inputs))
-        native = self._native(last["checkpoint"]) or (last["width"], last["height"])
+            return [gr.skip()] * (3 + len(self.controls.inputs))
+        note, examples, _, *defaults = self._defaults(last["checkpoint"])
+        native = (defaults[-2], defaults[-1])
         shape = controls.shape_of(last["width"], last["height"], native, self.family.size_multiple)
-        return [shape, *self.controls.filled(last)]
+        return [note, examples, shape, *self.controls.filled(last)]
 
     def _shape(self) -> None:
         sides = [self._field("width"), self._field("height")]
@@ -147,7 +148,7 @@ class Sheet:
     def _checkpoint(self) -> None:
         outputs = [self.note, self.examples, self.shape, *(self._field(name) for name in DEFAULTS)]
         choice = self._field("checkpoint")
-        choice.change(self._defaults, choice, outputs, **QUIET)
+        choice.input(self._defaults, choice, outputs, **QUIET)
         sampler = self._field("sampler")
         sampler.change(_sampler_info, sampler, sampler, **QUIET)
 
@@ -158,7 +159,7 @@ class Sheet:
         except Exception as error:  # noqa: BLE001 (explained on the page, or logged)
             return [render.problem(handlers.explain(error)), *[gr.skip()] * (2 + len(DEFAULTS))]
         values = [info.defaults.get(name, gr.skip()) for name in DEFAULTS]
-        return [describe_note(info), render.examples(info.examples), "1:1", *values]
+        return [describe_note(info), render.examples(info.examples[:EXAMPLES]), "1:1", *values]
 
     def _plan(self) -> None:
         names = ("checkpoint", "config_from", "width", "height", "num_images", "dtype")

@@ -1,0 +1,45 @@
+"""One server for all of these tests, as a person starts it, and one browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from gradio_client import Client
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.app.support import Server, hub, serving
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with hub() as endpoint, serving(tmp_path_factory.mktemp("app"), HF_ENDPOINT=endpoint) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    return Client(server.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("these tests need Debian's chromium (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        yield browser
+        browser.close()

@@ -1,0 +1,114 @@
+"""A real server in a process of its own, and what stands in for the hub."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "assets" / "demo" / "sd15"
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    home: Path
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pictures(self) -> list[Path]:
+        return sorted((self.home / "outputs").rglob("*.png"))
+
+
+def environment(folder: Path, **extra: str) -> dict[str, str]:
+    """This process's environment without what would change the program, with temporary places of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRIPTYCH_", "GRADIO_", "HF_"))}
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
+    return kept | {"TMPDIR": str(folder / "tmp"), "HF_HOME": str(folder / "hub"), **extra}
+
+
+@contextmanager
+def serving(folder: Path, *flags: str, home: Path | None = None, **extra: str) -> Iterator[Server]:
+    """`python app.py` on a free port; ends it as a person would and checks that it went cleanly."""
+    port, home, log = free_port(), home or folder / "home", folder / "server.log"
+    command = [sys.executable, "app.py", "--port", str(port), "--home", str(home), *flags]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(folder, **extra), stdout=out, stderr=subprocess.STDOUT
+        )
+    server = Server(f"http://127.0.0.1:{port}/", home, log, process)
+    try:
+        wait_until_up(server)
+        yield server
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert not list((folder / "tmp").glob("triptych-*")), "copies of pictures were left behind"
+
+
+def wait_until_up(server: Server, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert server.process.poll() is None, server.log.read_text()
+        try:
+            with urllib.request.urlopen(server.url, timeout=5) as answer:
+                assert answer.status == 200
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    raise AssertionError(f"no answer within {seconds} s:\n{server.log.read_text()}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A model hub that has a gated repository, loses the line at another, and lacks all others."""
+
+    def do_GET(self) -> None:
+        if "gated/model" in self.path:
+            self._refuse(403, "GatedRepo")
+        elif "down/model" in self.path:
+            self.close_connection = True
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    do_HEAD = do_GET  # noqa: N815 (the name that http.server calls)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
