@@ -53,12 +53,14 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """`settings` are the request's values, defaults filled in; the last phase's result is the pictures."""
+    """`settings` are the request's values, defaults filled in; the last phase's result is the pictures;
+    `decisions` say in plain sentences what was chosen for this machine."""
 
     components: Mapping[str, Component]
     phases: tuple[Phase, ...]
     settings: dict[str, Any]
     precision: str
+    decisions: tuple[str, ...] = ()
 
 
 class PhaseCache:

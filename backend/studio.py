@@ -20,7 +20,7 @@ from backend.events import Event, Finished, Loading, Notice, Planned, Result, St
 from backend.gallery import Gallery
 from backend.manager import Manager
 from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes
-from backend.memory.plan import Plan, make_plan
+from backend.memory.plan import Plan, budget_bytes, make_plan
 from backend.phases import Phase, PhaseCache, Pipeline, Progress
 from backend.requests import MAX_SEED, Request, SD15Request
 from backend.settings import Settings
@@ -91,7 +91,7 @@ class Studio:
 
     def plan(self, request: Request, hardware: Hardware | None = None) -> Plan:
         """How the request would run, on this machine or on `hardware`; loads and downloads nothing."""
-        here = hardware or self._hardware or Hardware.detect(self.settings.device)
+        here = hardware or self._machine()
         return self._plan(self._pipeline(request, _seeds(request), here), here)
 
     def describe(self, family: str, checkpoint: str) -> CheckpointInfo:
@@ -116,7 +116,7 @@ class Studio:
         """Load the built-in checkpoint and run a step, so that the first picture does not wait for it."""
         request = SD15Request(seed=0, steps=1)
         with self._device_lock:
-            here = self._hardware or Hardware.detect(self.settings.device)
+            here = self._machine()
             pipeline = self._pipeline(request, _seeds(request), here)
             deque(self._run_phases(pipeline, threading.Event(), {}, {}, []), maxlen=0)
 
@@ -129,7 +129,7 @@ class Studio:
     def _generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
         begin = time.perf_counter()
         _check(stop)
-        here = self._hardware or Hardware.detect(self.settings.device)
+        here = self._machine()
         if not self._manager.bytes:
             self._baseline = anonymous_bytes() if here.device == "cpu" else 0
         seeds = _seeds(request)
@@ -224,6 +224,13 @@ class Studio:
                 yield _step(phase.name, report, now, drawn)
                 _check(stop)
 
+    def _machine(self) -> Hardware:
+        """The hardware as it is now; what our components hold counts as free, since it is ours to use."""
+        if self._hardware:
+            return self._hardware
+        here = Hardware.detect(self.settings.device)
+        return replace(here, free_bytes=min(here.free_bytes + self._manager.bytes, here.total_bytes))
+
     def _fetch(self, request: Request, here: Hardware) -> Iterator[Event]:
         """Download what the checkpoint lacks here; nothing for a local one."""
         source = resolve(request.checkpoint, request.family, self.settings, request.config_from)
@@ -239,7 +246,8 @@ class Studio:
         source = resolve(request.checkpoint, request.family, self.settings, request.config_from)
         dtype, device = self._dtype(request, here), torch.device(here.device)
         room = import_module(ROOMS[request.family])
-        return room.pipeline(request, source, seeds=seeds, dtype=dtype, device=device)
+        budget = budget_bytes(here, self.settings.vram)
+        return room.pipeline(request, source, seeds=seeds, dtype=dtype, device=device, budget_bytes=budget)
 
     def _dtype(self, request: Request, here: Hardware) -> torch.dtype:
         """The request's precision over the settings'; "auto" is the fastest that the device computes in."""
@@ -253,14 +261,13 @@ class Studio:
         return getattr(torch, name)
 
     def _plan(self, pipeline: Pipeline, here: Hardware) -> Plan:
-        # what is loaded has been taken from the free memory already, and counts in the plan
-        free = here.free_bytes + (0 if self._hardware else self._manager.bytes)
         return make_plan(
             {name: component.bytes for name, component in pipeline.components.items()},
             [(phase.name, phase.components, phase.work_bytes) for phase in pipeline.phases],
-            hardware=replace(here, free_bytes=min(free, here.total_bytes)),
+            hardware=here,
             precision=pipeline.precision,
             cap_gib=self.settings.vram,
+            decisions=pipeline.decisions,
         )
 
     def _save(

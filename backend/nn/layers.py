@@ -66,14 +66,20 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with SiLU between: (B, D_in) → (B, D_out)."""
+    """Two linear layers with SiLU between: (B, D_in) → (B, D_out).
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    `condition_dim` is the width of a second embedding that distilled networks add to the timestep's.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, condition_dim: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.cond_proj = nn.Linear(condition_dim, in_dim, bias=False) if condition_dim else None
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.cond_proj is not None and condition is not None:
+            x = x + self.cond_proj(condition)
         return self.linear_2(F.silu(self.linear_1(x)))
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from backend.errors import CheckpointError, TriptychError
+from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.events import Notice
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.phases import Component, Phase, Pipeline, Progress
@@ -29,6 +29,8 @@ from backend.weights.load import load_module
 from backend.weights.source import Source
 
 COMPONENTS = ("text_encoder", "unet", "vae")
+
+TILE = 96  # latent pixels along a side; with a quarter of it overlapping, group norms see enough to agree
 
 # The reference scheduler that a checkpoint names → the sampler that equals it.
 DEFAULT_SAMPLERS = {
@@ -65,10 +67,11 @@ class Job:
     sampler: str
     width: int
     height: int
+    distilled: bool  # the network takes the guidance scale as an input and needs no unguided half
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1.0
+        return self.guidance_scale > 1.0 and not self.distilled
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -89,26 +92,37 @@ class Job:
 
 def complete(request: SD15Request, source: Source, seeds: tuple[int, ...]) -> Job:
     """Fill in the checkpoint's defaults: its own where it states them, else its networks' and scheduler's."""
-    stated = source.extras().get("defaults", {})
     unet, vae, scheduler = (source.config(name) for name in ("unet", "vae", "scheduler"))
-    side = unet.get("sample_size", 64)
+    side = unet.get("sample_size") or 64
     height, width = side if isinstance(side, list | tuple) else (side, side)
     scale = AutoencoderConfig.from_dict(vae).scale
-    defaults = {
+    defaults: dict[str, Any] = {
         "steps": 50,
         "guidance_scale": 7.5,
         "sampler": DEFAULT_SAMPLERS.get(scheduler.get("_class_name", ""), "pndm"),
         "width": width * scale,
         "height": height * scale,
-        **stated,
     }
-    asked = {name: getattr(request, name) for name in defaults if getattr(request, name, None) is not None}
-    values = {name: asked.get(name, default) for name, default in defaults.items()}
-    return Job(request=request, seeds=seeds, **values)
+    defaults |= {
+        name: value for name, value in source.extras().get("defaults", {}).items() if name in defaults
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+    try:
+        full = replace(request, **missing)
+    except InvalidRequest as error:
+        raise CheckpointError(f"{source.name} has a default that cannot be served: {error}") from error
+    values = {name: getattr(full, name) for name in defaults}
+    return Job(request=request, seeds=seeds, distilled=unet.get("time_cond_proj_dim") is not None, **values)
 
 
 def pipeline(
-    request: SD15Request, source: Source, *, seeds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    request: SD15Request,
+    source: Source,
+    *,
+    seeds: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_bytes: int,
 ) -> Pipeline:
     """The phases of a request, ready to plan and to run; reads configs, loads nothing.
 
@@ -158,16 +172,25 @@ def pipeline(
         encode_key, fingerprints["unet"], seeds, job.steps, job.guidance_scale, job.sampler,
         job.width, job.height, schedule,
     )  # fmt: skip
+    components = {
+        "text_encoder": component("text_encoder", text),
+        "unet": network("unet", lambda: UNet(unet_config)),
+        "vae": network("vae", lambda: Autoencoder(vae_config)),
+    }
     latent_size = (job.height // vae_config.scale, job.width // vae_config.scale)
     rgb = source.extras().get("latent_rgb", LATENT_RGB if vae_config.latent_channels == 4 else None)
     item = dtype.itemsize
 
+    # tiles change the picture a little (each has its own group norms), so only where the whole does not fit
+    tile, side = None, TILE * vae_config.scale
+    decoding = decode_work(vae_config, job.height * job.width, item)
+    decisions: tuple[str, ...] = ()
+    if sum(part.bytes for part in components.values()) + decoding > budget_bytes:
+        tile, decoding = TILE, decode_work(vae_config, min(side * side, job.height * job.width), item)
+        decisions = (f"The picture is decoded in tiles of {side} pixels: the whole would not fit.",)
+
     return Pipeline(
-        components={
-            "text_encoder": component("text_encoder", text),
-            "unet": network("unet", lambda: UNet(unet_config)),
-            "vae": network("vae", lambda: Autoencoder(vae_config)),
-        },
+        components=components,
         phases=(
             Phase(
                 name="encode", components=("text_encoder",), key=("encode", *encode_key),
@@ -182,13 +205,13 @@ def pipeline(
                 ),
             ),
             Phase(
-                name="decode", components=("vae",), key=None,
-                work_bytes=decode_work(vae_config, job.height * job.width, item),
-                run=lambda parts, results: decode(parts["vae"], results["denoise"], dtype, device),
+                name="decode", components=("vae",), key=None, work_bytes=decoding,
+                run=lambda parts, results: decode(parts["vae"], results["denoise"], dtype, device, tile),
             ),
         ),
         settings=job.settings(),
         precision=precision,
+        decisions=decisions,
     )  # fmt: skip
 
 
@@ -218,9 +241,11 @@ def denoise(
     batch = len(job.seeds)
     context = features.to(device, dtype).repeat_interleave(batch, dim=0)  # (2, L, D) → (2·B, L, D)
 
+    guidance = torch.full((len(context),), job.guidance_scale, device=device)
+
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         x = latents.to(dtype).repeat(len(features), 1, 1, 1).to(memory_format=torch.channels_last)
-        out = unet(x, timestep.expand(len(x)), context).float()
+        out = unet(x, timestep.expand(len(x)), context, guidance).float()
         if not job.guided:
             return out
         without, with_prompt = out.chunk(2)
@@ -241,7 +266,7 @@ def denoise(
 
 
 def decode(
-    vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device
+    vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device, tile: int | None
 ) -> Generator[Progress | Notice, None, list[Image.Image]]:
     """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
     if not latents.isfinite().all():
@@ -250,12 +275,12 @@ def decode(
         )
     pictures: list[Image.Image] = []
     for index, one in enumerate(vae.from_model(latents).split(1)):
-        pixels = vae.decode(one.to(device, dtype).to(memory_format=torch.channels_last))
+        pixels = vae.decode(one.to(device, dtype).to(memory_format=torch.channels_last), tile=tile)
         if not pixels.isfinite().all() and dtype == torch.float16:
             yield Notice(
                 text="The picture's decoder overflowed in float16; that picture was decoded in float32."
             )
-            pixels = copy.deepcopy(vae).float().decode(one.to(device))
+            pixels = copy.deepcopy(vae).float().decode(one.to(device), tile=tile)
         pictures += to_pictures(pixels)
         yield Progress(step=index + 1, steps=len(latents))
     return pictures

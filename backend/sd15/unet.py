@@ -41,7 +41,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "resnet_out_scale_factor": (1, 1.0),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -53,7 +52,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """`heads` and `transformer_layers` are per level, from the outermost to the innermost."""
+    """`heads` and `transformer_layers` are per level, from the outermost to the innermost.
+
+    `time_cond_proj_dim` is the width of the guidance embedding of networks distilled to need no unguided
+    half (LCM, arXiv:2310.04378); None for all others.
+    """
 
     in_channels: int
     out_channels: int
@@ -71,6 +74,7 @@ class UNetConfig:
     norm_eps: float
     flip_sin_to_cos: bool
     freq_shift: float
+    time_cond_proj_dim: int | None
 
     @classmethod
     def from_dict(cls, published: Mapping[str, Any]) -> UNetConfig:
@@ -91,6 +95,7 @@ class UNetConfig:
             "norm_eps": 1e-5,
             "flip_sin_to_cos": True,
             "freq_shift": 0,
+            "time_cond_proj_dim": None,
             **published,
         }
         require("UNet", config, FIXED)
@@ -306,21 +311,31 @@ class UNet(nn.Module):
         self.config = config
         widths = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], config.time_cond_proj_dim)
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(len(widths)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, index) for index in range(len(widths)))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Latents (B, 4, h, w), timesteps (B,), text (B, L, D) → prediction (B, 4, h, w)."""
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, context: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Latents (B, 4, h, w), timesteps (B,), text (B, L, D) → prediction (B, 4, h, w).
+
+        `guidance` (B,) is the guidance scale, for networks with a `time_cond_proj_dim` alone.
+        """
         config = self.config
         time = sinusoidal_embedding(
             timesteps, config.block_out_channels[0],
             flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift,
         )  # fmt: skip
-        time = self.time_embedding(time.to(latents.dtype))  # (B,) → (B, T)
+        condition = None
+        if config.time_cond_proj_dim is not None and guidance is not None:
+            condition = sinusoidal_embedding(
+                1000 * (guidance - 1), config.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1
+            ).to(latents.dtype)
+        time = self.time_embedding(time.to(latents.dtype), condition)  # (B,) → (B, T)
         x = self.conv_in(latents)  # (B, 4, h, w) → (B, C, h, w)
         skips = [x]
         for block in self.down_blocks:

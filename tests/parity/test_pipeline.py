@@ -35,6 +35,7 @@ V_PREDICTION = {"prediction_type": "v_prediction"}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "linear": {"use_linear_projection": True, "attention_head_dim": [2, 4, 4], "scheduler": V_PREDICTION},
+    "distilled": {"time_cond_proj_dim": 32},  # as the published LCM checkpoints
     "wide": {"cross_attention_dim": 128, "layers_per_block": 1, "vae": {"layers_per_block": 1}},
 }
 

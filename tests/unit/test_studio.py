@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def test_what_does_not_fit_is_refused_before_it_loads(folder: Path, tmp_path: Pa
     studio = Studio(Settings(device="cpu", dtype="float32", home=tmp_path, vram=0.51))
     events = studio.generate(request(folder, width=2048, height=2048))
     assert isinstance(next(events), Planned)
-    with pytest.raises(OutOfMemory, match="GiB"):
+    with pytest.raises(OutOfMemory, match="needs .* MiB, and 10 MiB is at hand"):
         next(events)
     assert not any(studio._manager.names())
 
@@ -238,3 +239,21 @@ def test_unet_of_nine_channels_is_refused_by_name(studio: Studio, tmp_path: Path
     inpainting = sd15_folder(tmp_path / "inpainting", in_channels=9)
     with pytest.raises(CheckpointError, match="inpainting"):
         studio.run(request(inpainting))
+
+
+def test_decoder_works_in_tiles_only_where_the_whole_does_not_fit(tmp_path: Path, folder: Path) -> None:
+    studio = Studio(Settings(home=tmp_path))
+    large = request(folder, width=2048, height=2048)
+    whole = studio.plan(large, hardware=Hardware.card(gib=24))
+    tiled = studio.plan(large, hardware=Hardware.card(gib=1.5))
+    assert len(whole.decisions) == 1
+    assert "tiles" in tiled.decisions[1]
+    assert tiled.phases[2].work_bytes < whole.phases[2].work_bytes / 4
+
+
+def test_defaults_of_a_checkpoint_are_checked(studio: Studio, tmp_path: Path) -> None:
+    wrong = sd15_folder(tmp_path / "wrong")
+    (wrong / "triptych.json").write_text(json.dumps({"defaults": {"steps": 5000, "colour": "red"}}))
+    with pytest.raises(CheckpointError, match="5000"):
+        studio.run(request(wrong, steps=None))
+    assert studio.run(request(wrong)).images
