@@ -72,8 +72,8 @@ lands, eight subjects, seven colours, three places, sun, moon, clouds and stars.
 ## How well they do
 
 {prompts} prompts that name all six attributes, about combinations of subject, colour, land and time that
-training never saw ({held_out}% are held out), one picture each at the default settings, judged by a classifier
-(`judge.safetensors`) that is itself right about all six attributes on more than 99% of held-out renders.
+training never saw ({held_out}% are held out), one picture each at the default settings, judged by a small
+network (`judge.safetensors`) that is itself right about all six on more than 99% of held-out renders.
 
 {table}
 

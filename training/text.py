@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from training.loop import Losses, Recipe, fit
 from training.postcards import ATTRIBUTES, caption, random_scene, vocabulary
 
-TOKENS = 77
+TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
@@ -106,7 +106,7 @@ def text_config(
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(B, 77) token ids, padded with the end token."""
+    """(B, 32) token ids, padded with the end token."""
     padded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     return padded["input_ids"]
 

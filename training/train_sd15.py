@@ -100,7 +100,7 @@ EXAMPLES = [
     "a green windmill on green hills at noon, clear sky",
 ]
 
-VAE_RECIPE = Recipe(steps=2000, learning_rate=2e-3, average=0.997, seed=SEED)
+VAE_RECIPE = Recipe(steps=4500, learning_rate=2e-3, average=0.997, seed=SEED)
 DECODER_RECIPE = Recipe(steps=6000, learning_rate=1e-3, average=0.998, seed=SEED + 1)
 TEXT_RECIPE = Recipe(steps=400, learning_rate=1e-3, warmup=50, seed=SEED)
 UNET_RECIPE = Recipe(steps=7000, learning_rate=1e-3, warmup=200, average=0.998, seed=SEED, save_every=250)
@@ -184,7 +184,7 @@ class Denoiser(nn.Module):
         self.unet = UNet(UNetConfig.from_dict(UNET_CONFIG))
 
     def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """Latents (B, 4, 16, 16), timesteps (B,), token ids (B, 77) → velocity (B, 4, 16, 16)."""
+        """Latents (B, 4, 16, 16), timesteps (B,), token ids (B, 32) → velocity (B, 4, 16, 16)."""
         return self.unet(latents, timesteps, self.text_encoder(input_ids=ids).last_hidden_state)
 
 
@@ -268,7 +268,12 @@ def write_networks(averaged: Weights) -> None:
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
     }
-    write_component(FOLDER / "text_encoder", config, part("text_encoder."), "model.safetensors")
+    write_component(
+        FOLDER / "text_encoder",
+        config,
+        {f"text_model.{name}": value for name, value in part("text_encoder.").items()},
+        "model.safetensors",
+    )
 
 
 def export() -> None:

@@ -14,7 +14,7 @@ from training.loop import Losses, Recipe, fit
 from training.postcards import SIZE
 
 CROP = 64
-CROPS = 16
+CROPS = 8
 KL_WEIGHT = 2e-4
 LATENT_NOISE = 0.1  # of the latents' spread, at most
 
