@@ -93,25 +93,32 @@ def _switch(parser: Parser, name: str, text: str) -> bool:
 
 
 def check_port(settings: Settings) -> None:
-    """End with a clear line when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((settings.host, settings.port))
-    except OSError as error:
-        reason = error.strerror or error
-        print(
-            f"triptych: cannot listen on {settings.host} port {settings.port} ({reason}); "
-            "choose another with --port, 0 takes a free one",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
+    """End with a clear line when the address cannot be had; Gradio wants the port on the loopback too."""
+    for host in (settings.host, "127.0.0.1"):
+        try:
+            probe(host, settings.port)
+        except OSError as error:
+            print(
+                f"triptych: cannot listen on {host} port {settings.port} ({error.strerror or error}); "
+                "choose another with --port, 0 takes a free one",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
+
+
+def probe(host: str, port: int) -> int:
+    """Take the port for a moment, 0 for any free one → the port. Raises OSError."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        attempt.bind((host, port))
+        return attempt.getsockname()[1]
 
 
 def serve(settings: Settings) -> None:
     """Run until a signal ends the program."""
-    from ui import blocks, theme  # imports Gradio, which reads GRADIO_TEMP_DIR
+    from gradio.tunneling import CURRENT_TUNNELS  # Gradio reads GRADIO_TEMP_DIR
+
+    from ui import blocks, theme
     from ui.jobs import Jobs
 
     studio = Studio(settings)
@@ -119,7 +126,7 @@ def serve(settings: Settings) -> None:
     demo = blocks.build(jobs)
     demo.launch(
         server_name=settings.host,
-        server_port=settings.port or free_port(settings.host),
+        server_port=settings.port or probe(settings.host, 0),
         share=settings.share,
         auth=_login(settings.auth),
         allowed_paths=[str(settings.home / "outputs")],
@@ -140,8 +147,8 @@ def serve(settings: Settings) -> None:
             time.sleep(3600)
     finally:
         jobs.close()
-        demo.server.force_exit = True  # else an open page holds the end up for five seconds
-        demo.close(verbose=False)
+        for tunnel in CURRENT_TUNNELS:
+            tunnel.kill()
 
 
 def warm(studio: Studio) -> None:
@@ -157,11 +164,11 @@ def _login(auth: str | None) -> tuple[str, str] | None:
     return (user, password) if auth else None
 
 
-def free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        # At once: an orderly end waits for open pages, and aborts on a thread that is still inside torch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)

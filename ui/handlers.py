@@ -66,7 +66,7 @@ def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Requ
 def _shown(event: Event | None, easel: Easel, outputs: Path) -> Update:
     match event:
         case Waiting():
-            return {easel.status: render.starting("Waiting: another picture holds the device…")}
+            return {easel.status: render.starting("Waiting for the device…")}
         case Planned(plan=plan):
             return {easel.plan: render.plan(plan.to_dict())}
         case Loading():

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,7 +42,7 @@ def environment(folder: Path, **extra: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(folder: Path, *flags: str, home: Path | None = None, **extra: str) -> Iterator[Server]:
+def serving(folder: Path, *flags: str, home: Path | None = None, **extra: str) -> Generator[Server]:
     """`python app.py` on a free port; ends it as a person would and checks that it went cleanly."""
     port, home, log = free_port(), home or folder / "home", folder / "server.log"
     command = [sys.executable, "app.py", "--port", str(port), "--home", str(home), *flags]
@@ -100,12 +100,12 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (named so by the base class)
         """Say nothing."""
 
 
 @contextmanager
-def hub() -> Iterator[str]:
+def hub() -> Generator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from tests.app.support import DEMO, ROOT, Server
 from training import judge
 
-QUICK = {"prompt": "a red house on green hills", "steps": 2}
-LONG = {"prompt": "a blue castle", "steps": 150, "num_images": 8, "width": 256, "height": 256}
+QUICK: Any = {"prompt": "a red house on green hills", "steps": 2}
+LONG: Any = {"prompt": "a blue castle", "steps": 150, "num_images": 8, "width": 256, "height": 256}
 
 
 def paint(client: Client, **fields: Any) -> tuple[list[str], dict[str, Any]]:

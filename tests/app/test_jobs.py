@@ -1,0 +1,191 @@
+"""Jobs and handlers on a studio that only pretends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from backend.errors import Cancelled, InvalidRequest, StorageError
+from backend.events import Event, Step, Waiting
+from backend.requests import SD15Request
+from ui import controls, render
+from ui.handlers import UNEXPECTED, Easel, painter
+from ui.jobs import Jobs, newest
+
+PICTURE = Image.new("RGB", (16, 8), "red")
+
+
+class Pretence:
+    """A studio that yields what `events` yields and remembers how it ended."""
+
+    def __init__(self, events: Callable[[threading.Event], Iterator[Event]]) -> None:
+        self.events = events
+        self.settings = SimpleNamespace(home=Path("/nowhere"))
+        self.ended = threading.Event()
+
+    def generate(self, request: Any, stop: threading.Event) -> Iterator[Event]:
+        try:
+            yield from self.events(stop)
+        finally:
+            self.ended.set()
+
+
+def steps(count: int, previews: tuple[Image.Image, ...] = ()) -> list[Step]:
+    return [
+        Step(phase="denoise", step=n + 1, steps=count, eta_s=None, previews=previews if n == 0 else ())
+        for n in range(count)
+    ]
+
+
+def endless(stop: threading.Event) -> Iterator[Event]:
+    while not stop.wait(0.01):
+        yield Waiting()
+    raise Cancelled("stopped")
+
+
+def jobs_of(events: Callable[[threading.Event], Iterator[Event]]) -> tuple[Jobs, Pretence]:
+    studio: Any = Pretence(events)
+    return Jobs(studio), studio
+
+
+def easel() -> Easel:
+    with gr.Blocks():
+        return Easel(gr.HTML(), gr.HTML(), gr.HTML(), gr.State())
+
+
+async def painted(jobs: Jobs, on: Easel) -> tuple[list[dict[Any, Any]], Exception | None]:
+    updates: list[dict[Any, Any]] = []
+    handler = painter(jobs, on, lambda _: SD15Request())
+    try:
+        async for update in handler():
+            updates.append(update)  # noqa: PERF401 (what came before the error counts)
+    except gr.Error as error:
+        return updates, error
+    return updates, None
+
+
+def test_steps_that_pile_up_are_merged_and_keep_the_newest_previews() -> None:
+    shown = (PICTURE,)
+    last = Step(phase="decode", step=1, steps=1, eta_s=None)
+    assert newest([Waiting(), Waiting(), *steps(3, shown), last]) == [
+        Waiting(),
+        Step(phase="denoise", step=3, steps=3, eta_s=None, previews=shown),
+        last,
+    ]
+
+
+def test_a_closed_job_stops_and_frees_its_thread() -> None:
+    jobs, studio = jobs_of(endless)
+
+    async def leave() -> None:
+        async with aclosing(jobs.events(SD15Request())) as events:
+            async for _ in events:
+                return
+
+    asyncio.run(leave())
+    assert studio.ended.wait(2)
+
+
+def test_a_quiet_job_ticks() -> None:
+    def slow(stop: threading.Event) -> Iterator[Event]:
+        time.sleep(0.8)
+        yield Waiting()
+
+    async def collect() -> list[Event | None]:
+        jobs, _ = jobs_of(slow)
+        return [event async for event in jobs.events(SD15Request())]
+
+    assert asyncio.run(collect()) == [None, Waiting()]
+
+
+def test_closing_stops_whatever_runs() -> None:
+    jobs, studio = jobs_of(endless)
+
+    async def run() -> None:
+        async for _ in jobs.events(SD15Request()):
+            jobs.close()
+
+    with pytest.raises(Cancelled):
+        asyncio.run(run())
+    assert studio.ended.is_set()
+
+
+def test_an_error_of_ours_reaches_the_page_and_leaves_the_picture() -> None:
+    def fails(stop: threading.Event) -> Iterator[Event]:
+        yield steps(2, (PICTURE,))[0]
+        raise InvalidRequest("steps is <b>0</b>")
+
+    on = easel()
+    updates, error = asyncio.run(painted(jobs_of(fails)[0], on))
+    assert "steps is &lt;b&gt;0&lt;/b&gt;" in updates[-1][on.status]
+    assert on.canvas not in updates[-1]
+    assert isinstance(error, gr.Error)
+    assert error.message == "steps is &lt;b&gt;0&lt;/b&gt;"
+
+
+def test_an_unforeseen_error_tells_nothing_but_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def breaks(stop: threading.Event) -> Iterator[Event]:
+        raise ZeroDivisionError("a secret path")
+        yield
+
+    on = easel()
+    updates, error = asyncio.run(painted(jobs_of(breaks)[0], on))
+    assert "a secret path" not in str(updates) + str(error)
+    assert updates[-1] == {on.status: render.failed(UNEXPECTED)}
+    assert "a secret path" in caplog.text
+
+
+def test_pictures_that_could_not_be_written_are_shown() -> None:
+    def full(stop: threading.Event) -> Iterator[Event]:
+        raise StorageError("the disk is full", (PICTURE, PICTURE))
+        yield
+
+    on = easel()
+    updates, _ = asyncio.run(painted(jobs_of(full)[0], on))
+    assert updates[-1][on.canvas].count("data:image/png;base64,") == 2
+    assert "the disk is full" in updates[-1][on.status]
+
+
+def test_a_picture_outside_the_outputs_travels_in_the_page(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "outputs" / "a b.png", tmp_path / "elsewhere.png"
+    outside.write_bytes(b"png")
+    assert render.file_url(inside, tmp_path / "outputs").endswith("/outputs/a%20b.png")
+    assert render.file_url(outside, tmp_path / "outputs") == "data:image/png;base64,cG5n"
+
+
+def test_what_people_type_is_escaped() -> None:
+    result: Any = SimpleNamespace(
+        files=[Path("/o/x.png")], settings={"prompt": '"><script>', "width": 2, "height": 1}
+    )
+    assert "<script>" not in render.pictures(result, Path("/o"))
+
+
+@pytest.mark.parametrize("native", [(128, 128), (512, 512), (1024, 1024)])
+@pytest.mark.parametrize("multiple", [8, 16, 64])
+def test_shapes_keep_the_area(native: tuple[int, int], multiple: int) -> None:
+    for shape, ratio in controls.SHAPES.items():
+        width, height = controls.fit(shape, native, multiple)
+        assert width % multiple == height % multiple == 0
+        assert controls.shape_of(width, height, native, multiple) in controls.SHAPES
+        if multiple == 8:
+            assert width / height == pytest.approx(ratio, rel=0.1)
+            assert width * height == pytest.approx(native[0] * native[1], rel=0.1)
+    assert controls.shape_of(72, 600, native, multiple) == controls.CUSTOM
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"), [("", -1), (None, -1), (" 7 ", 7), ("-1", -1), ("seven", "seven"), ("1.5", "1.5")]
+)
+def test_seeds_as_typed(text: str | None, seed: object) -> None:
+    fields: dict[str, Any] = {"seed": gr.Textbox(render=False)}
+    assert controls.Controls(fields).fields([text]) == {"seed": seed}

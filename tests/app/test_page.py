@@ -1,0 +1,245 @@
+"""The page in a real browser, as a person uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from gradio_client import Client
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+
+from tests.app.support import Server
+
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 30_000  # milliseconds: two busy cores are slow
+
+# Remembers every preview that the canvas shows, and every height that it takes.
+WATCH = """() => {
+  window.seen = {previews: new Set(), heights: new Set()};
+  const look = () => {
+    const canvas = document.querySelector('.canvas');
+    seen.heights.add(canvas.offsetHeight);
+    const preview = canvas.querySelector('img[alt=Preview]');
+    if (preview) seen.previews.add(preview.src);
+  };
+  look();
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
+@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
+def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
+    yield from opened(browser, server, viewport=request.param)
+
+
+@pytest.fixture
+def wide(browser: Browser, server: Server) -> Iterator[Page]:
+    yield from opened(browser, server, viewport=WIDE)
+
+
+def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
+    """A fresh page; whatever it complained of in its console fails the test."""
+    inside = browser.new_context(**context)
+    page, complaints = inside.new_page(), []
+
+    def hear(said: ConsoleMessage) -> None:
+        if said.type == "error":
+            complaints.append(said.text)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.set_default_timeout(PATIENCE)
+    page.goto(server.url)
+    page.locator(".plan table").wait_for()  # the page has loaded, and told the plan
+    yield page
+    inside.close()
+    assert not complaints
+
+
+def prompt(page: Page) -> Any:
+    return page.get_by_label("Prompt", exact=True)
+
+
+def slider(page: Page, name: str, value: int) -> None:
+    field = page.get_by_label(f"number input for {name}")
+    field.fill(str(value))
+    field.blur()
+
+
+def status(page: Page, state: str) -> Any:
+    found = page.locator(f".status[data-state={state}]")
+    found.wait_for()
+    return found
+
+
+def wait_for_preview(page: Page) -> None:
+    page.locator(".canvas[data-state=busy] img").first.wait_for()
+
+
+def no_sideways_scroll(page: Page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
+    page.evaluate(WATCH)
+    slider(page, "Steps", 60)
+    prompt(page).fill("a red house on green hills at night")
+    page.keyboard.press("Control+Enter")
+    expect(status(page, "busy")).to_contain_text("step", timeout=PATIENCE)
+    assert no_sideways_scroll(page)
+    said = status(page, "done")
+    expect(said).to_contain_text("1 picture in")
+    seen = page.evaluate("({previews: seen.previews.size, heights: [...seen.heights]})")
+    assert seen["previews"] >= 2
+    assert len(seen["heights"]) == 1, "the page jumped"
+    image = page.locator(".canvas img")
+    assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 128
+    assert no_sideways_scroll(page)
+    link = said.get_by_role("link")
+    with page.expect_download() as download:
+        link.click()
+    kept = server.home / unquote(link.get_attribute("href") or "").split(f"{server.home}/")[1]
+    assert download.value.path().read_bytes() == kept.read_bytes()
+    assert b"parameters\0a red house on green hills at night\n" in kept.read_bytes()
+
+
+def test_the_picture_is_the_largest_thing(page: Page) -> None:
+    sizes = "each => each.getBoundingClientRect().width * each.getBoundingClientRect().height"
+    canvas = page.locator(".canvas").evaluate(sizes)
+    for area in (".ask", ".about", ".below"):
+        assert canvas > page.locator(area).evaluate(sizes)
+
+
+def test_escape_stops_and_the_next_one_works(wide: Page, server: Server) -> None:
+    before = len(server.pictures)
+    slider(wide, "Steps", 150)
+    slider(wide, "Number of pictures", 8)
+    prompt(wide).fill("a blue tent")
+    wide.keyboard.press("Control+Enter")
+    wait_for_preview(wide)
+    wide.keyboard.press("Escape")
+    expect(wide.locator(".status")).to_have_text("Stopped.")
+    wide.wait_for_timeout(1500)
+    expect(wide.locator(".status")).to_have_text("Stopped.")
+    slider(wide, "Steps", 2)
+    slider(wide, "Number of pictures", 2)
+    wide.get_by_role("button", name="Generate").click()
+    expect(status(wide, "done")).to_contain_text("2 pictures in")
+    assert len(server.pictures) == before + 2
+
+
+def test_pictures_enlarge_and_walk_by_keyboard(wide: Page) -> None:
+    slider(wide, "Steps", 2)
+    slider(wide, "Number of pictures", 3)
+    wide.get_by_role("button", name="Generate").click()
+    status(wide, "done")
+    tiles = wide.locator(".canvas .tile")
+    tiles.first.focus()
+    wide.keyboard.press("Enter")
+    expect(tiles.nth(0)).to_be_visible()
+    expect(tiles.nth(1)).to_be_hidden()
+    wide.keyboard.press("ArrowRight")
+    expect(tiles.nth(1)).to_be_visible()
+    expect(tiles.nth(0)).to_be_hidden()
+    wide.keyboard.press("Escape")
+    expect(tiles.nth(2)).to_be_visible()
+
+
+def test_the_place_in_the_queue_is_shown(
+    wide: Page, browser: Browser, server: Server, client: Client
+) -> None:
+    busy = client.submit(prompt="a castle", steps=150, num_images=8, api_name="/sd15")
+    next(said for _, said in busy if said["phase"] == "denoise")
+    wide.get_by_role("button", name="Generate").click()
+    expect(wide.locator(".status-line .progress-text")).to_contain_text("queue: 1/1", timeout=PATIENCE)
+    wide.get_by_role("button", name="Stop").click()
+    expect(wide.locator(".status")).to_have_text("Stopped.")
+    busy.cancel()
+    wide.get_by_role("button", name="Generate").click()
+    status(wide, "done")
+
+
+def test_a_closed_tab_frees_the_queue(browser: Browser, server: Server, client: Client) -> None:
+    before = len(server.pictures)
+    for page in opened(browser, server, viewport=WIDE):
+        slider(page, "Steps", 150)
+        slider(page, "Number of pictures", 8)
+        page.get_by_role("button", name="Generate").click()
+        wait_for_preview(page)
+    client.predict(prompt="a tent", steps=2, api_name="/sd15")
+    assert len(server.pictures) == before + 1
+
+
+def test_an_error_is_told_and_the_picture_stays(wide: Page) -> None:
+    slider(wide, "Steps", 2)
+    wide.get_by_role("button", name="Generate").click()
+    status(wide, "done")
+    shown = wide.locator(".canvas img").get_attribute("src")
+    wide.get_by_label("Width", exact=True).fill("130")
+    wide.get_by_role("button", name="Generate").click()
+    message = "width is 130; it can be a whole number from 64 to 2048 in multiples of 8"
+    expect(status(wide, "failed")).to_have_text(message)
+    expect(wide.get_by_test_id("toast-body")).to_contain_text(message)
+    assert wide.locator(".canvas img").get_attribute("src") == shown
+    wide.get_by_text("3:2", exact=True).click()
+    expect(wide.get_by_label("Width", exact=True)).to_have_value("160")
+    wide.get_by_role("button", name="Generate").click()
+    status(wide, "done")
+
+
+def test_a_seed_is_reused(wide: Page) -> None:
+    slider(wide, "Steps", 2)
+    wide.get_by_role("button", name="Generate").click()
+    said = status(wide, "done").inner_text()
+    wide.get_by_role("button", name="Reuse last").click()
+    seed = wide.get_by_label("Seed", exact=True)
+    expect(seed).not_to_have_value("")
+    assert f"seed {seed.input_value()}" in said
+    wide.get_by_role("button", name="Random").click()
+    expect(seed).to_have_value("")
+
+
+def test_settings_are_reused(wide: Page) -> None:
+    wide.locator("[data-prompt]").first.click()
+    expect(prompt(wide)).not_to_have_value("")
+    asked = prompt(wide).input_value()
+    wide.get_by_text("2:3", exact=True).click()
+    expect(wide.get_by_label("Height", exact=True)).to_have_value("160")
+    slider(wide, "Steps", 2)
+    wide.get_by_role("button", name="Generate").click()
+    status(wide, "done")
+    prompt(wide).fill("something else")
+    wide.get_by_text("1:1", exact=True).click()
+    slider(wide, "Steps", 9)
+    wide.get_by_role("button", name="Reuse these settings").click()
+    expect(prompt(wide)).to_have_value(asked)
+    expect(wide.get_by_label("Height", exact=True)).to_have_value("160")
+    expect(wide.get_by_label("number input for Steps")).to_have_value("2")
+    expect(wide.locator(".segmented .selected")).to_have_text("2:3")
+
+
+def test_a_checkpoint_brings_its_settings(wide: Page) -> None:
+    expect(wide.locator(".note")).to_contain_text("built-in demo")
+    expect(wide.locator(".note")).to_contain_text("hot-air balloon")
+    wide.get_by_role("button", name="Advanced").click()
+    choice = wide.get_by_role("combobox", name="Checkpoint")
+    choice.fill("sd15")
+    choice.press("Enter")
+    expect(wide.get_by_label("number input for Steps")).to_have_value("50")
+    expect(wide.get_by_label("Width", exact=True)).to_have_value("512")
+    expect(wide.get_by_role("combobox", name="Sampler")).to_have_value("PLMS")
+    expect(wide.locator(".note")).to_contain_text("Open RAIL-M")
+    expect(wide.locator(".plan")).to_contain_text("1.6 GiB")
+    choice.fill("no such thing")
+    choice.press("Enter")
+    expect(wide.locator(".note [role=alert]")).to_contain_text("'no such thing'")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_follow_the_system(browser: Browser, server: Server, scheme: Any) -> None:
+    lightness = "([...getComputedStyle(document.body).backgroundColor.matchAll(/\\d+/g)].slice(0, 3))"
+    for page in opened(browser, server, viewport=WIDE, color_scheme=scheme):
+        shade = sum(int(match[0]) for match in page.evaluate(lightness)) / 3
+        assert (shade > 200) if scheme == "light" else (shade < 50)

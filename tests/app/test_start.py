@@ -1,0 +1,79 @@
+"""The command line: what flags and variables become, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app import parse
+from tests.app.support import ROOT, Server, environment
+
+
+def test_flags_become_settings() -> None:
+    flags = ["--port", "0", "--vram", "6", "--auth", "me:a:b", "--offline", "--models-dir", "/models"]
+    settings = parse(flags, {})
+    assert (settings.port, settings.vram, settings.auth) == (0, 6.0, "me:a:b")
+    assert settings.offline
+    assert not settings.share
+    assert settings.models_dir == Path("/models")
+
+
+def test_each_flag_is_a_variable_and_the_flag_wins() -> None:
+    variables = {
+        "TRIPTYCH_PORT": "81",
+        "TRIPTYCH_HOME": "/there",
+        "TRIPTYCH_SHARE": "true",
+        "TRIPTYCH_OFFLINE": "0",
+    }
+    settings = parse(["--port", "82"], variables)
+    assert (settings.port, settings.home, settings.share, settings.offline) == (
+        82,
+        Path("/there"),
+        True,
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        (["--port", "many"], {}, "--port"),
+        (["--port", "70000"], {}, "port is 70000; it can be 0 to 65535"),
+        (["--device", "tpu"], {}, "device is 'tpu'; it can be auto, cpu, cuda, mps"),
+        (["--dtype", "int4"], {}, "dtype is 'int4'"),
+        (["--vram", "0"], {}, "vram is 0.0"),
+        (["--auth", "me"], {}, "auth must be USER:PASSWORD"),
+        (["--colour"], {}, "--colour"),
+        ([], {"TRIPTYCH_SHARE": "perhaps"}, "TRIPTYCH_SHARE is 'perhaps'; it can be 1 or 0"),
+        ([], {"TRIPTYCH_PORT": "x"}, "'x'"),
+    ],
+)
+def test_bad_values_end_with_one_line(
+    flags: list[str], variables: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(flags, variables)
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_busy_port_is_told(server: Server, tmp_path: Path) -> None:
+    port = server.url.rsplit(":", 1)[1].strip("/")
+    command = [sys.executable, "app.py", "--port", port]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert f"port {port}" in ended.stderr
+    assert "--port" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_the_page_does_not_import_torch() -> None:
+    program = "import sys, app; from ui import blocks, theme; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
