@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from backend.errors import CheckpointError
@@ -20,7 +21,10 @@ def load_clip_text(source: Source, component: str, dtype: torch.dtype, device: t
     config = source.config(component)
 
     def build() -> CLIPTextModel:
-        return CLIPTextModel(CLIPTextConfig(**config))
+        try:
+            return CLIPTextModel(CLIPTextConfig(**config))
+        except StrictDataclassError as error:
+            raise ValueError(error.__cause__ or error) from error
 
     positions = config.get("max_position_embeddings", 77)
     return load_module(

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from backend.errors import AccessError, CheckpointError, InvalidRequest
 
 SMALL = 16 * 2**20  # bytes: files up to here are not worth resuming
-CHUNK = 2**20
+INTERVAL = 0.2  # seconds between two reports of progress
 ATTEMPTS = 5  # in a row without a byte
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
@@ -78,8 +78,8 @@ class Repository:
     def _resume(self, file: str) -> Iterator[int]:
         """Put the content where `hf_hub_download` looks first; on its own it discards broken downloads."""
         import httpx2
-        from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
-        from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.utils import WeakFileLock
 
         url = hf_hub_url(self.name, file, revision=self.revision, endpoint=_endpoint())
         meta = get_hf_file_metadata(url, timeout=_timeout())
@@ -93,31 +93,19 @@ class Repository:
             failures = 0
             while not blob.exists():
                 have = part.stat().st_size if part.exists() else 0
+                if have >= meta.size:
+                    _accept(part, blob, meta.etag, meta.size, file)
+                    break
                 free = shutil.disk_usage(part.parent).free
                 if free < meta.size - have:
                     raise CheckpointError(
                         f"{file} needs {(meta.size - have) / 1e9:.1f} GB more in {part.parent}, "
                         f"where {free / 1e9:.1f} GB are free"
                     )
-                if have >= meta.size:
-                    _accept(part, blob, meta.etag, meta.size, file)
-                    break
-                headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
                 try:
-                    with get_session().stream(
-                        "GET", url, headers=headers, follow_redirects=True, timeout=_timeout()
-                    ) as response:
-                        hf_raise_for_status(response)
-                        resumed = response.status_code == 206
-                        done = have if resumed else 0
-                        with part.open("ab" if resumed else "wb") as out:
-                            for chunk in response.iter_bytes(CHUNK):
-                                out.write(chunk)
-                                done += len(chunk)
-                                failures = 0
-                                yield done
+                    yield from _continue(url, part, have)
                 except httpx2.TransportError:
-                    failures += 1
+                    failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
                     if failures == ATTEMPTS:
                         raise
                     time.sleep(0.2 * 2**failures)
@@ -184,24 +172,51 @@ def pasted_url(text: str) -> tuple[str, str, str | None] | None:
     """
     if not re.match(r"https?://", text, re.IGNORECASE):
         return None
-    parts = urlsplit(text)
-    path = [unquote(piece) for piece in parts.path.split("/") if piece]
-    if parts.netloc.lower() in (*HOSTS, urlsplit(_endpoint()).netloc) and not any(
-        ".." in piece for piece in path
-    ):
-        match path:
-            case ["datasets" | "spaces" | "models" | "api", *_]:
-                pass
-            case [owner, name]:
-                return f"{owner}/{name}", "main", None
-            case [owner, name, "tree", revision]:
-                return f"{owner}/{name}", revision, None
-            case [owner, name, "resolve" | "blob", revision, *file] if file:
-                return f"{owner}/{name}", revision, None if file == ["model_index.json"] else "/".join(file)
-    raise InvalidRequest(
+    refused = InvalidRequest(
         f"checkpoint is {text!r}; a URL can be that of a hub repository ({_endpoint()}/OWNER/NAME), "
         "or that of a file in it"
     )
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        raise refused from None
+    path = [unquote(piece) for piece in parts.path.split("/") if piece]
+    if parts.netloc.lower() not in (*HOSTS, urlsplit(_endpoint()).netloc) or ".." in unquote(parts.path):
+        raise refused
+    match path:
+        case ["datasets" | "spaces" | "api", *_]:
+            raise refused
+        case [owner, name]:
+            return f"{owner}/{name}", "main", None
+        case [owner, name, "tree", revision]:
+            return f"{owner}/{name}", revision, None
+        case [owner, name, "resolve" | "blob", revision, *file] if file:
+            return f"{owner}/{name}", revision, None if file == ["model_index.json"] else "/".join(file)
+        case _:
+            raise refused
+
+
+def _continue(url: str, part: Path, have: int) -> Iterator[int]:
+    """Append what lies behind the first `have` bytes to `part`, yielding its size from time to time."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    told = time.monotonic()
+    # the client leaves the token out where a redirect goes to another host
+    with get_session().stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=_timeout()
+    ) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 206:  # the server sends the whole again
+            have = 0
+        with part.open("ab" if have else "wb") as out:
+            for chunk in response.iter_bytes():
+                out.write(chunk)
+                have += len(chunk)
+                if time.monotonic() - told >= INTERVAL:
+                    told = time.monotonic()
+                    yield have
 
 
 def _accept(part: Path, blob: Path, etag: str, size: int, file: str) -> None:

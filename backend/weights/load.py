@@ -84,10 +84,8 @@ def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: 
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
-    tensor = tensor.to(device=device, dtype=dtype)
-    return (
-        tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.ndim == 4 else tensor
-    )
+    layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device=device, dtype=dtype, memory_format=layout)
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,0 +1,133 @@
+"""Checkpoints against the reference's own loaders: the same weights from either layout, the same text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
+from backend.sd15.unet import UNet, UNetConfig
+from backend.settings import Settings
+from backend.text.encoders import load_clip_text, load_tokenizer
+from backend.weights.load import load_module
+from backend.weights.source import Source, resolve
+from tests.checkpoints import sd15_folder, sd15_single_file
+
+CPU = torch.device("cpu")
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one layer": {"layers_per_block": 1, "cross_attention_dim": 128, "vae": {"layers_per_block": 2}},
+    "like SD2": {
+        "use_linear_projection": True,
+        "attention_head_dim": [2, 4, 4],
+        "scheduler": {"prediction_type": "v_prediction"},
+        "text": {"hidden_act": "gelu"},
+    },
+    "attention inside": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sd15_folder(tmp_path_factory.mktemp("checkpoint") / "tiny", **CHECKPOINTS[request.param])
+
+
+def load(source: Source, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    def network(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+        tensors = source.tensors(name, str(dtype).removeprefix("torch."))
+        return load_module(build, tensors, dtype=dtype, device=CPU, what=name)
+
+    return {
+        "unet": network("unet", lambda: UNet(UNetConfig.from_dict(source.config("unet")))),
+        "vae": network("vae", lambda: Autoencoder(AutoencoderConfig.from_dict(source.config("vae")))),
+        "text_encoder": load_clip_text(source, "text_encoder", dtype, CPU),
+    }
+
+
+def compare(ours: dict[str, nn.Module], reference: Any) -> None:
+    for name, module in ours.items():
+        theirs: dict[str, Tensor] = getattr(reference, name).state_dict()
+        state = module.state_dict()
+        assert state.keys() == theirs.keys()
+        assert all(torch.equal(state[key], theirs[key]) for key in theirs), name
+
+
+def test_the_folder_loads_as_the_reference_loads_it(folder: Path, tmp_path: Path) -> None:
+    source = resolve(str(folder), "sd15", Settings(home=tmp_path))
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    ours = load(source)
+    compare(ours, reference)
+    texts = ["a red house on green hills", "", "Unknown wörds 42 🙂 " * 30]
+    tokens = load_tokenizer(source)(texts, padding="max_length", max_length=77, truncation=True)
+    theirs = reference.tokenizer(texts, padding="max_length", max_length=77, truncation=True)
+    assert tokens.input_ids == theirs.input_ids
+    ids = torch.tensor(tokens.input_ids)
+    with torch.no_grad():
+        text = ours["text_encoder"](ids).last_hidden_state
+        torch.testing.assert_close(text, reference.text_encoder(ids).last_hidden_state, rtol=0, atol=0)
+
+
+def test_the_single_file_loads_as_the_reference_loads_it(folder: Path, tmp_path: Path) -> None:
+    file = sd15_single_file(folder, tmp_path / "one.safetensors")
+    source = resolve(str(file), "sd15", Settings(home=tmp_path), config_from=str(folder))
+    reference = diffusers.StableDiffusionPipeline.from_single_file(
+        file, config=str(folder), safety_checker=None
+    )
+    compare(load(source), reference)
+    assert UNetConfig.from_dict(source.config("unet")) == UNetConfig.from_dict(reference.unet.config)
+    assert AutoencoderConfig.from_dict(source.config("vae")) == AutoencoderConfig.from_dict(
+        reference.vae.config
+    )
+
+
+def test_half_precision_variants_load_as_the_reference_loads_them(tmp_path: Path) -> None:
+    folder = sd15_folder(tmp_path / "tiny")
+    for file in folder.rglob("*.safetensors"):  # other numbers, so that reading the plain file would show
+        tensors = {name: (2 * tensor).half() for name, tensor in load_file(file).items()}
+        save_file(tensors, file.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    source = resolve(str(folder), "sd15", Settings(home=tmp_path))
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder, variant="fp16", torch_dtype=torch.float16, safety_checker=None
+    )
+    compare(load(source, torch.float16), reference)
+
+
+def test_old_names_of_the_vae_load_as_the_reference_loads_them(tmp_path: Path) -> None:
+    """The published SD1.5 folders still hold them."""
+    folder = sd15_folder(tmp_path / "tiny")
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for new, old in names.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    assert sum(".proj_attn." in name for name in tensors) == 4  # encoder and decoder, weight and bias
+    save_file(tensors, file, {"format": "pt"})
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    compare(load(resolve(str(folder), "sd15", Settings(home=tmp_path))), reference)
+
+
+def test_pickled_folders_load_as_the_reference_loads_them(tmp_path: Path) -> None:
+    folder = sd15_folder(tmp_path / "tiny")
+    for file in folder.rglob("*.safetensors"):
+        stem = "pytorch_model" if file.parent.name == "text_encoder" else file.stem
+        torch.save(dict(load_file(file)), file.with_name(f"{stem}.bin"))
+        file.unlink()
+    shutil.rmtree(folder / "scheduler")  # the reference needs it, the networks do not
+    ours = load(resolve(str(folder), "sd15", Settings(home=tmp_path)))
+    reference = diffusers.UNet2DConditionModel.from_pretrained(
+        folder, subfolder="unet", use_safetensors=False
+    )
+    assert all(
+        torch.equal(ours["unet"].state_dict()[key], value) for key, value in reference.state_dict().items()
+    )

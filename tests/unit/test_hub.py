@@ -1,0 +1,376 @@
+"""Hub repositories, against a small hub on this machine: downloads, resuming, and every refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Generator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from backend.errors import AccessError, CheckpointError, InvalidRequest
+from backend.events import Loading
+from backend.sd15 import keys
+from backend.settings import Settings
+from backend.text.encoders import load_tokenizer
+from backend.weights import hub
+from backend.weights.source import Source, resolve
+from tests.checkpoints import sd15_folder, sd15_single_file
+
+NETWORKS = keys.COMPONENTS
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves folders as repositories; `refusals` are (status, error code) by repository."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folders: dict[str, Path] = {}
+        self.refusals: dict[str, tuple[int, str]] = {}
+        self.token: str | None = None  # the one that lifts the refusals
+        self.break_after: int | None = None  # bytes of a body, once
+        self.corrupt = False
+        self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fetched(self, file: str) -> list[str | None]:
+        """The ranges of the downloads of `file` so far."""
+        return [asked for method, path, asked in self.requests if method == "GET" and path.endswith(file)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    @property
+    def hub(self) -> Hub:
+        assert isinstance(self.server, Hub)
+        return self.server
+
+    def answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path).removeprefix("/")
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        listing = path.startswith("api/models/")
+        owner, name, *rest = path.removeprefix("api/models/").split("/")
+        repository = f"{owner}/{name}"
+        status, code = self.hub.refusals.get(repository, (0, ""))
+        if status and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.send(status, {"X-Error-Code": code, "X-Error-Message": "no"})
+        folder = self.hub.folders.get(repository)
+        if folder is None:
+            return self.send(404, {"X-Error-Code": "RepoNotFound"})
+        if listing and rest and rest[-1] != "main":
+            return self.send(404, {"X-Error-Code": "RevisionNotFound"})
+        if listing:
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            siblings = [
+                {"rfilename": p.relative_to(folder).as_posix(), "size": p.stat().st_size} for p in files
+            ]
+            content = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
+            return self.send(200, {"Content-Type": "application/json"}, content)
+        _, revision, *file = rest  # "resolve"
+        if revision not in ("main", COMMIT):
+            return self.send(404, {"X-Error-Code": "RevisionNotFound"})
+        if not (folder / "/".join(file)).is_file():
+            return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        content = (folder / "/".join(file)).read_bytes()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        status = 200
+        if (asked := self.headers.get("Range")) and body:
+            first = int(asked.removeprefix("bytes=").rstrip("-"))
+            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            content, status = content[first:], 206
+        if self.hub.corrupt and len(content) > 5000:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        return self.send(status, headers, content, body=body)
+
+    def send(self, status: int, headers: dict[str, str], content: bytes = b"", *, body: bool = True) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body and self.hub.break_after is not None and len(content) > self.hub.break_after:
+            content, self.hub.break_after = content[: self.hub.break_after], None
+            self.close_connection = True
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sd15_folder(tmp_path_factory.mktemp("hub-layout") / "tiny")
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What HF_ENDPOINT does before the library is imported."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    server.folders["owner/tiny"] = folder
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    use_hub(monkeypatch, server.url)
+    monkeypatch.setattr(hub, "SMALL", 100_000)  # so that weights count as large, and configs do not
+    monkeypatch.setattr(hub, "INTERVAL", 0.0)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def source(tmp_path: Path, checkpoint: str = "owner/tiny", **options: Any) -> Source:
+    settings = Settings(home=tmp_path, models_dir=tmp_path / "models", offline=options.pop("offline", False))
+    return resolve(checkpoint, "sd15", settings, **options)
+
+
+def fetch(source: Source, *components: str) -> list[Loading]:
+    return list(source.fetch(components or NETWORKS, "float32"))
+
+
+def test_a_repository_is_downloaded_once_with_progress(server: Hub, folder: Path, tmp_path: Path) -> None:
+    events = fetch(source(tmp_path))
+    assert {event.action for event in events} == {"download"}
+    assert {*NETWORKS, "tokenizer", "scheduler", "checkpoint"} == {event.component for event in events}
+    last = [event for event in events if event.component == "unet"][-1]
+    assert last.done_bytes == last.total_bytes == (folder / UNET).stat().st_size
+
+    again = source(tmp_path)
+    local = resolve(str(folder), "sd15", Settings(home=tmp_path))
+    server.requests.clear()
+    assert fetch(again) == []
+    assert server.requests == []  # what is there needs no hub
+    for name in NETWORKS:
+        ours, theirs = again.tensors(name, "float32"), local.tensors(name, "float32")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert load_tokenizer(again)("a red house").input_ids == load_tokenizer(local)("a red house").input_ids
+    assert fetch(source(tmp_path, offline=True)) == []
+
+
+def test_before_the_download_the_published_values_stand_in(server: Hub, tmp_path: Path) -> None:
+    unseen = source(tmp_path, "sd15")
+    assert unseen.config("unet") == keys.PUBLISHED["unet"]
+    assert unseen.parameter_bytes("unet", "float16") == 2 * 859_520_000
+    assert "not downloaded" in unseen.fingerprint("unet", "float16")
+    assert not unseen.present(["unet"], "float16")
+    assert unseen.extras() == {}
+    with pytest.raises(CheckpointError, match="sd15 is not downloaded yet"):
+        unseen.tensors("unet", "float16")
+    assert server.requests == []
+    seen = source(tmp_path)
+    fetch(seen)
+    assert seen.config("unet")["cross_attention_dim"] == 64
+    assert seen.parameter_bytes("text_encoder", "float16") < 1_000_000
+
+
+def test_only_what_is_asked_for_is_downloaded(server: Hub, tmp_path: Path) -> None:
+    vae = source(tmp_path)
+    fetch(vae, "vae")
+    assert vae.present(["vae"], "float32")
+    assert not vae.present(["unet"], "float32")
+    assert not server.fetched(UNET)
+    fetch(vae, "unet")
+    assert vae.present(["unet", "vae"], "float32")
+
+
+def test_a_download_that_was_stopped_goes_on_where_it_was(server: Hub, folder: Path, tmp_path: Path) -> None:
+    size = (folder / UNET).stat().st_size
+    stopped = source(tmp_path).fetch(["unet"], "float32")
+    seen = 0
+    assert isinstance(stopped, Generator)
+    for event in stopped:
+        if event.component == "unet" and event.total_bytes == size:
+            seen = event.done_bytes
+            break
+    stopped.close()  # as the Stop button does
+    assert 0 < seen < size
+    whole = source(tmp_path)
+    fetch(whole, "unet")
+    first, second = server.fetched(UNET)
+    assert first == "bytes=0-"
+    assert second is not None
+    assert seen <= int(second.removeprefix("bytes=").rstrip("-")) < size
+    assert (whole.files("unet", "float32")[1]).read_bytes() == (folder / UNET).read_bytes()
+
+
+def test_a_broken_connection_is_taken_up_again(server: Hub, folder: Path, tmp_path: Path) -> None:
+    server.break_after = 3_000_000
+    whole = source(tmp_path)
+    fetch(whole, "unet")
+    assert server.fetched(UNET) == ["bytes=0-", "bytes=3000000-"]
+    assert (whole.files("unet", "float32")[1]).read_bytes() == (folder / UNET).read_bytes()
+
+
+def test_a_file_that_arrives_damaged_is_not_kept(server: Hub, tmp_path: Path) -> None:
+    server.corrupt = True
+    with pytest.raises(CheckpointError, match="arrived damaged and was removed; try again"):
+        fetch(source(tmp_path), "unet")
+    server.corrupt = False
+    whole = source(tmp_path)
+    fetch(whole, "unet")
+    assert whole.present(["unet"], "float32")
+
+
+def test_a_disk_without_room_is_told_before_the_download(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB more in .* where 0\.0 GB are free"):
+        fetch(source(tmp_path), "unet")
+    assert not server.fetched(UNET)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_repository_says_what_to_do(
+    server: Hub, tmp_path: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.refusals["owner/tiny"] = (status, "GatedRepo")
+    with pytest.raises(AccessError) as refused:
+        fetch(source(tmp_path))
+    for part in ("owner/tiny is gated", f"visit {server.url}/owner/tiny", "accept its licence", "HF_TOKEN"):
+        assert part in str(refused.value)
+    server.token = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert fetch(source(tmp_path), "vae")  # and with the token it comes
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        ((404, "RepoNotFound"), "owner/tiny does not exist on .*, or is private"),
+        ((401, "RepoNotFound"), "owner/tiny does not exist on .*, or is private"),
+        ((401, ""), "does not exist|refused"),
+        ((403, ""), r"refused \(403\): give a token"),
+        ((500, ""), "answered 500 for owner/tiny; try again later"),
+    ],
+)
+def test_other_refusals(server: Hub, tmp_path: Path, refusal: tuple[int, str], told: str) -> None:
+    server.refusals["owner/tiny"] = refusal
+    with pytest.raises(AccessError, match=told):
+        fetch(source(tmp_path))
+
+
+def test_a_hub_out_of_reach(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+    with pytest.raises(
+        AccessError, match=r"cannot be reached for owner/tiny \(ConnectError\): check the network"
+    ):
+        fetch(source(tmp_path))
+
+
+def test_offline_and_not_downloaded(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        AccessError, match=r"owner/tiny is not downloaded, and downloads are off \(--offline\)"
+    ):
+        fetch(source(tmp_path, offline=True))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AccessError, match="downloads are off"):
+        fetch(source(tmp_path))
+    assert server.requests == []
+
+
+def test_a_name_that_no_repository_can_have(server: Hub, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="a hub repository is OWNER/NAME"):
+        fetch(source(tmp_path, "owner/--bad--..name"))
+
+
+def test_another_family_is_refused_before_its_weights_are_downloaded(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    index = json.loads((spoilt / "model_index.json").read_text())
+    (spoilt / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"})
+    )
+    server.folders["owner/xl"] = spoilt
+    with pytest.raises(CheckpointError, match="owner/xl is a Stable Diffusion XL checkpoint"):
+        fetch(source(tmp_path, "owner/xl"))
+    assert not any(path.endswith(".safetensors") for _, path, _ in server.requests)
+
+
+def test_a_repository_of_single_files_says_which(server: Hub, folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "files"
+    root.mkdir()
+    sd15_single_file(folder, root / "v1.safetensors")
+    server.folders["owner/files"] = root
+    with pytest.raises(
+        CheckpointError, match=r"but paste the URL of one of its single files: v1\.safetensors"
+    ):
+        fetch(source(tmp_path, "owner/files"))
+
+
+def test_a_pasted_url_of_a_single_file(server: Hub, folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "files"
+    root.mkdir()
+    sd15_single_file(folder, root / "v1.safetensors")
+    server.folders["owner/files"] = root
+    url = f"{server.url}/owner/files/blob/main/v1.safetensors"
+    file = source(tmp_path, url, config_from="owner/tiny")
+    assert fetch(file)
+    assert file.config("unet")["cross_attention_dim"] == 64
+    assert not server.fetched(UNET)  # the complement gives its configs and tokenizer alone
+    assert load_tokenizer(file)("a").input_ids
+    local = resolve(str(folder), "sd15", Settings(home=tmp_path))
+    ours, theirs = file.tensors("unet", "float32"), local.tensors("unet", "float32")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    server.requests.clear()
+    assert fetch(source(tmp_path, url, config_from="owner/tiny")) == []
+    assert server.requests == []
+    with pytest.raises(CheckpointError, match=r"owner/files has no file v2\.safetensors"):
+        fetch(source(tmp_path, url.replace("v1", "v2"), config_from="owner/tiny"))
+
+
+def test_a_single_file_gets_the_published_tokenizer(server: Hub, folder: Path, tmp_path: Path) -> None:
+    file = sd15_single_file(folder, tmp_path / "v1.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer, .*config_from.*does not exist"):
+        fetch(source(tmp_path, str(file)))
+    server.folders["stable-diffusion-v1-5/stable-diffusion-v1-5"] = folder
+    standard = source(tmp_path, str(file))
+    assert {event.component for event in fetch(standard)} == {"checkpoint", "tokenizer", "scheduler"}
+    assert load_tokenizer(standard)("a red house").input_ids
+
+
+def test_a_revision_that_is_not_there(server: Hub, tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="owner/tiny has no revision v9"):
+        fetch(source(tmp_path, f"{server.url}/owner/tiny/resolve/v9/v1.safetensors"))
+
+
+def test_the_shard_index_of_a_repository_leads_nowhere_else(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    (spoilt / UNET).unlink()
+    index = {"weight_map": {"a": "../../../../evil.safetensors"}}
+    (spoilt / f"{UNET}.index.json").write_text(json.dumps(index))
+    server.folders["owner/evil"] = spoilt
+    with pytest.raises(CheckpointError, match="can name weight files beside it only"):
+        fetch(source(tmp_path, "owner/evil"))
