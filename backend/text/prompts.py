@@ -199,5 +199,5 @@ def _weighted(features: Tensor, weights: Tensor) -> Tensor:
     after = before * weights[..., None]
     old, new = before.mean((1, 2)), after.mean((1, 2))  # (N,)
     explained = old / new * weights.mean(1)  # 1 where every token's features have one mean
-    telling = (old.abs() > 1e-3 * before.std((1, 2))) & (explained > 0.5) & (explained < 2)
+    telling = (old.abs() > 0.01 * before.std((1, 2))) & (explained > 0.5) & (explained < 2)
     return (after * torch.where(telling, old / new, 1.0)[:, None, None]).to(features.dtype)
