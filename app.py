@@ -133,6 +133,7 @@ def serve(settings: Settings) -> None:
         theme=theme.theme(),
         css_paths=[theme.STYLE],
         js=theme.PAGE.read_text(encoding="utf-8"),
+        favicon_path=theme.ICON,
         footer_links=["api"],
         run_history=False,
         ssr_mode=False,

@@ -1,16 +1,54 @@
 () => {
-  // Ctrl+Enter (or Cmd+Enter) presses the visible tab's Generate, Escape its Stop.
-  const press = (name) => {
-    const button = [...document.querySelectorAll(`button.${name}`)].find((each) => each.offsetParent);
-    button?.click();
-    return button;
+  const shown = (name) => [...document.querySelectorAll(name)].find((each) => each.offsetParent);
+  const tilesOf = (tile) => [...tile.closest('.canvas').querySelectorAll('.tile')];
+
+  // A picture alone on its canvas; null shows all of them again.
+  const enlarge = (canvas, tile) => {
+    canvas.classList.toggle('one', tile !== null);
+    for (const each of canvas.querySelectorAll('.tile')) each.classList.toggle('alone', each === tile);
+    tile?.focus();
   };
-  const listOpen = (target) => target.getAttribute?.('aria-expanded') === 'true';
+
+  const onTile = (tile, event) => {
+    const canvas = tile.closest('.canvas'), tiles = tilesOf(tile), alone = tile.classList.contains('alone');
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (step) {
+      const next = tiles[(tiles.indexOf(tile) + step + tiles.length) % tiles.length];
+      alone ? enlarge(canvas, next) : next.focus();
+    } else if (event.key === 'Escape' && alone) {
+      enlarge(canvas, null);
+      tile.focus();
+    } else {
+      return false;
+    }
+    event.preventDefault();
+    return true;
+  };
+
+  document.addEventListener('click', (event) => {
+    const tile = event.target.closest('.canvas[data-state=done] .tile');
+    if (tile && tilesOf(tile).length > 1) {
+      enlarge(tile.closest('.canvas'), tile.classList.contains('alone') ? null : tile);
+    }
+    const example = event.target.closest('.examples button');
+    if (example) {
+      const prompt = shown('.ask textarea');
+      prompt.value = example.textContent;
+      prompt.dispatchEvent(new Event('input', {bubbles: true}));
+      prompt.focus();
+    }
+  });
+
+  // Ctrl+Enter (or Cmd+Enter) presses the open tab's Generate, Escape its Stop while it works.
   document.addEventListener('keydown', (event) => {
+    const tile = event.target.closest?.('.canvas .tile');
+    const inList = event.target.getAttribute?.('aria-expanded') === 'true';
+    if (tile && onTile(tile, event)) return;
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
-      if (press('generate')) event.preventDefault();
-    } else if (event.key === 'Escape' && !listOpen(event.target)) {
-      if (document.querySelector('.status[data-state=busy]')?.offsetParent) press('stop');
+      event.preventDefault();
+      shown('button.generate')?.click();
+    } else if (event.key === 'Escape' && !inList && shown('.status[data-state=busy]')) {
+      shown('button.stop')?.click();
     }
   });
 }

@@ -56,12 +56,6 @@ def fit(shape: str, native: tuple[int, int], multiple: int) -> tuple[int, int]:
     return round(width / multiple) * multiple, round(height / multiple) * multiple
 
 
-def shape_of(width: int, height: int, native: tuple[int, int], multiple: int) -> str:
-    """The shape that gives this size, else custom."""
-    matches = (shape for shape in SHAPES if fit(shape, native, multiple) == (width, height))
-    return next(matches, CUSTOM)
-
-
 def prompts() -> dict[str, gr.components.Component]:
     return {
         "prompt": gr.Textbox(

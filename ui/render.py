@@ -35,7 +35,9 @@ LOGO = """
 
 def idle() -> str:
     keys = "<kbd>Ctrl</kbd> <kbd>Enter</kbd> paints it, <kbd>Esc</kbd> stops."
-    return _canvas("idle", f'<p class="hint">Your picture appears here.<br>{keys}</p>')
+    return _canvas(
+        "idle", f'<p class="hint">Your picture appears here.<span class="keys"><br>{keys}</span></p>'
+    )
 
 
 def previews(images: Sequence[Image]) -> str:
@@ -193,10 +195,8 @@ def _component(part: Mapping[str, Any]) -> str:
 
 
 def examples(texts: Sequence[str]) -> str:
-    """Prompts to click on; `PICK` reads them from their attribute."""
-    chips = "".join(
-        f'<button type="button" data-prompt="{escape(text)}">{escape(text)}</button>' for text in texts
-    )
+    """Prompts to click on."""
+    chips = "".join(f'<button type="button">{escape(text)}</button>' for text in texts)
     return f'<div class="examples"><span>Try</span>{chips}</div>' if texts else ""
 
 

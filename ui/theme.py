@@ -9,6 +9,7 @@ import gradio as gr
 ASSETS = Path(__file__).parent.parent / "assets"
 STYLE = ASSETS / "style.css"
 PAGE = ASSETS / "page.js"
+ICON = ASSETS / "favicon.svg"
 
 VERMILION = gr.themes.Color(
     name="vermilion",

@@ -1,4 +1,4 @@
-"""One server for all of these tests, as a person starts it, and one browser."""
+"""One server for all of these tests, as a person starts it, and a browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Client:
     return Client(server.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: Playwright keeps an event loop running in this thread
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     if chromium is None:
