@@ -104,7 +104,9 @@ def test_weights_scale_tokens_and_keep_the_mean(
     encoder: CLIPTextModel, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bias = encoder.final_layer_norm.bias
-    monkeypatch.setattr(encoder.final_layer_norm, "bias", torch.nn.Parameter(bias - 0.1))  # about CLIP-L's
+    monkeypatch.setitem(
+        encoder.final_layer_norm._parameters, "bias", torch.nn.Parameter(bias - 0.1)
+    )  # about CLIP-L's
     plain = encode_prompts(encoder, tokenizer, ["a red house"])
     weighted = encode_prompts(encoder, tokenizer, ["a (red:1.5) house"])
     expected = plain.clone()
@@ -117,8 +119,8 @@ def test_a_mean_of_nothing_is_not_restored(
     encoder: CLIPTextModel, tokenizer: CLIPTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Features around zero, as of encoders without a bias in the last LayerNorm, must not blow up."""
-    monkeypatch.setattr(encoder.final_layer_norm, "weight", torch.nn.Parameter(torch.ones(64)))
-    monkeypatch.setattr(encoder.final_layer_norm, "bias", torch.nn.Parameter(torch.zeros(64)))
+    monkeypatch.setitem(encoder.final_layer_norm._parameters, "weight", torch.nn.Parameter(torch.ones(64)))
+    monkeypatch.setitem(encoder.final_layer_norm._parameters, "bias", torch.nn.Parameter(torch.zeros(64)))
     plain = encode_prompts(encoder, tokenizer, ["a red house"])
     weighted = encode_prompts(encoder, tokenizer, ["a (red:1.5) house"])
     assert close(weighted[:, 3:], plain[:, 3:])
