@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["GRADIO_TEMP_DIR"] = copies
     try:
         serve(settings)
+    except TriptychError as error:  # a demo checkpoint that is missing or damaged
+        print(f"triptych: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         shutil.rmtree(copies, ignore_errors=True)
 
