@@ -141,7 +141,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         z = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             z = block(z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        return self.conv_out(F.silu(self.conv_norm_out(z), inplace=True))
 
 
 class Autoencoder(nn.Module):

@@ -29,10 +29,10 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
         if self.time_emb_proj is not None and time is not None:
             h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # (B, D) → (B, C, 1, 1)
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

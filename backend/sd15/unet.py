@@ -344,4 +344,4 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             x = block(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
