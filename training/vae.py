@@ -85,11 +85,15 @@ def crops(pixels: Tensor, boxes: Tensor, around: float, generator: torch.Generat
 
 
 def reconstruction_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
-    """L1 at three sizes, L1 of the gradients for crisp edges, squares to keep small stars."""
-    loss = 2 * functional.mse_loss(drawn, pixels)
+    """L1 at three sizes, L1 of the gradients for crisp edges, squares; more where there is detail.
+
+    Without that emphasis a star, two pixels wide, is cheaper left out than drawn a pixel off.
+    """
+    detail = 1 + 6 * (pixels - functional.avg_pool2d(pixels, 5, 1, 2)).abs().amax(1, keepdim=True)
+    loss = (detail * ((drawn - pixels).abs() + 2 * (drawn - pixels).square())).mean()
     for axis in (2, 3):
         loss = loss + functional.l1_loss(drawn.diff(dim=axis), pixels.diff(dim=axis))
-    for weight in (1.0, 0.5, 0.25):
-        loss = loss + weight * functional.l1_loss(drawn, pixels)
+    for weight in (0.5, 0.25):
         drawn, pixels = functional.avg_pool2d(drawn, 2), functional.avg_pool2d(pixels, 2)
+        loss = loss + weight * functional.l1_loss(drawn, pixels)
     return loss
