@@ -21,6 +21,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo" / "sd15"
 
+# A request that keeps any CPU busy for longer than a test takes to interrupt it.
+LONG: Any = {"prompt": "a blue castle", "steps": 150, "num_images": 8, "width": 256, "height": 256}
+
 
 @dataclass(frozen=True)
 class Server:
@@ -45,10 +48,14 @@ def environment(folder: Path, **extra: str) -> dict[str, str]:
 def serving(folder: Path, *flags: str, home: Path | None = None, **extra: str) -> Generator[Server]:
     """`python app.py` on a free port; ends it as a person would and checks that it went cleanly."""
     port, home, log = free_port(), home or folder / "home", folder / "server.log"
-    command = [sys.executable, "app.py", "--port", str(port), "--home", str(home), *flags]
+    flags = ("--port", str(port), "--home", str(home), "--device", "cpu", *flags)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(folder, **extra), stdout=out, stderr=subprocess.STDOUT
+            [sys.executable, "app.py", *flags],
+            cwd=ROOT,
+            env=environment(folder, **extra),
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
     server = Server(f"http://127.0.0.1:{port}/", home, log, process)
     try:

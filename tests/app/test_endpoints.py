@@ -22,11 +22,10 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.app.support import DEMO, ROOT, Server
+from tests.app.support import DEMO, LONG, ROOT, Server
 from training import judge
 
 QUICK: Any = {"prompt": "a red house on green hills", "steps": 2}
-LONG: Any = {"prompt": "a blue castle", "steps": 150, "num_images": 8, "width": 256, "height": 256}
 
 
 def paint(client: Client, **fields: Any) -> tuple[list[str], dict[str, Any]]:

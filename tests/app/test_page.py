@@ -10,7 +10,7 @@ import pytest
 from gradio_client import Client
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect
 
-from tests.app.support import Server
+from tests.app.support import LONG, Server
 
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 30_000  # milliseconds: two busy cores are slow
@@ -68,6 +68,14 @@ def slider(page: Page, name: str, value: int) -> None:
     field.blur()
 
 
+def make_it_long(page: Page) -> None:
+    """Settings that keep any CPU busy for longer than the test takes to interrupt it."""
+    slider(page, "Steps", 150)
+    slider(page, "Number of pictures", 8)
+    for side in ("Width", "Height"):
+        page.get_by_label(side, exact=True).fill("256")
+
+
 def status(page: Page, state: str) -> Any:
     found = page.locator(f".status[data-state={state}]")
     found.wait_for()
@@ -114,8 +122,7 @@ def test_the_picture_is_the_largest_thing(page: Page) -> None:
 
 def test_escape_stops_and_the_next_one_works(wide: Page, server: Server) -> None:
     before = len(server.pictures)
-    slider(wide, "Steps", 150)
-    slider(wide, "Number of pictures", 8)
+    make_it_long(wide)
     prompt(wide).fill("a blue tent")
     wide.keyboard.press("Control+Enter")
     wait_for_preview(wide)
@@ -150,7 +157,7 @@ def test_pictures_enlarge_and_walk_by_keyboard(wide: Page) -> None:
 def test_the_place_in_the_queue_is_shown(
     wide: Page, browser: Browser, server: Server, client: Client
 ) -> None:
-    busy = client.submit(prompt="a castle", steps=150, num_images=8, api_name="/sd15")
+    busy = client.submit(**LONG, api_name="/sd15")
     next(said for _, said in busy if said["phase"] == "denoise")
     wide.get_by_role("button", name="Generate").click()
     expect(wide.locator(".status-line .progress-text")).to_contain_text("queue: 1/1", timeout=PATIENCE)
@@ -164,8 +171,7 @@ def test_the_place_in_the_queue_is_shown(
 def test_a_closed_tab_frees_the_queue(browser: Browser, server: Server, client: Client) -> None:
     before = len(server.pictures)
     for page in opened(browser, server, viewport=WIDE):
-        slider(page, "Steps", 150)
-        slider(page, "Number of pictures", 8)
+        make_it_long(page)
         page.get_by_role("button", name="Generate").click()
         wait_for_preview(page)
     client.predict(prompt="a tent", steps=2, api_name="/sd15")
