@@ -74,7 +74,7 @@ class Source(ABC):
     def present(self, components: Iterable[str], dtype: str) -> bool:
         """Whether these components can be loaded without a download."""
         try:
-            return all(self.files(component, dtype) for component in components)
+            return all(path.is_file() for component in components for path in self.files(component, dtype))
         except CheckpointError:
             return False
 

@@ -221,6 +221,17 @@ def test_a_download_that_was_stopped_goes_on_where_it_was(server: Hub, folder: P
     assert (whole.files("unet", "float32")[1]).read_bytes() == (folder / UNET).read_bytes()
 
 
+def test_a_fetch_that_was_stopped_at_its_first_file_misses_nothing(server: Hub, tmp_path: Path) -> None:
+    stopped = source(tmp_path).fetch(NETWORKS, "float32")
+    assert isinstance(stopped, Generator)
+    next(stopped)
+    stopped.close()
+    whole = source(tmp_path)
+    fetch(whole)
+    assert whole.present([*NETWORKS, "tokenizer", "scheduler"], "float32")
+    assert all((whole.files(name, "float32")[0]).is_file() for name in (*NETWORKS, "scheduler"))
+
+
 def test_a_broken_connection_is_taken_up_again(server: Hub, folder: Path, tmp_path: Path) -> None:
     server.break_after = 3_000_000
     whole = source(tmp_path)
