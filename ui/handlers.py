@@ -114,11 +114,16 @@ def endpoint(jobs: Jobs, family: type[Request]) -> Callable[..., Any]:
     """
 
     async def serve(*values: Any) -> AsyncIterator[tuple[list[Json], Json]]:
+        progress = _progress("waiting")
         try:
             request = build(family, dict(zip(parameters, values, strict=True)))
             async with aclosing(jobs.events(request)) as events:
                 async for event in events:
-                    yield _answer(event)
+                    if isinstance(event, Finished):
+                        yield _files(event.result), _facts(event.result)
+                    else:
+                        progress = _told(event) or progress
+                        yield [], progress
         except Exception as error:
             raise gr.Error(explain(error), print_exception=False) from error
 
@@ -151,18 +156,17 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-def _answer(event: Event | None) -> tuple[list[Json], Json]:
+def _told(event: Event | None) -> Json | None:
+    """The progress that an event tells; None where it tells none, and what was told last still holds."""
     match event:
         case Step():
-            return [], _progress(event.phase, event.step, event.steps, event.eta_s)
+            return _progress(event.phase, event.step, event.steps, event.eta_s)
         case Loading():
-            return [], _progress(f"{event.action} {event.component}", event.done_bytes, event.total_bytes)
+            return _progress(f"{event.action} {event.component}", event.done_bytes, event.total_bytes)
         case Waiting():
-            return [], _progress("waiting")
-        case Finished(result=result):
-            return _files(result), _facts(result)
+            return _progress("waiting")
         case _:
-            return [], _progress("working")
+            return None
 
 
 def _progress(phase: str, step: int = 0, steps: int = 0, eta_s: float | None = None) -> Json:

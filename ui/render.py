@@ -236,5 +236,5 @@ def seconds(value: float) -> str:
 def size(count: float) -> str:
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= scale:
-            return f"{count / scale:.1f} {unit}" if count < 10 * scale else f"{count / scale:.0f} {unit}"
+            return f"{count / scale:.1f} {unit}" if count < 100 * scale else f"{count / scale:.0f} {unit}"
     return f"{count / 2**10:.0f} KiB"
