@@ -7,7 +7,7 @@
 #   make bench   measure against the reference           ARGS="--smoke"
 #
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made with.
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there: on a machine without a GPU that saves
+# TORCH_INDEX=URL takes torch from that package index: on a machine without a GPU, torch's own CPU index saves
 # the gigabytes of CUDA libraries that the default package brings along.
 
 VENV := .venv

@@ -15,7 +15,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """`vram` caps the memory budget, in GiB (on a CPU: of RAM). `home` holds outputs and history,
-    `models_dir` the downloaded checkpoints and those named without a path (None: the hub's own cache)."""
+    `models_dir` the downloaded checkpoints and those named without a path (None: the hub's own cache).
+    `public` serves the catalogue's checkpoints alone."""
 
     host: str = "127.0.0.1"
     port: int = 7860

@@ -24,7 +24,7 @@ from backend.memory.plan import Plan, budget_bytes, make_plan
 from backend.phases import Phase, PhaseCache, Pipeline, Progress
 from backend.requests import MAX_SEED, Request, SD15Request
 from backend.settings import Settings
-from backend.weights.source import resolve
+from backend.weights.source import Source, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ class Studio:
     def describe(self, family: str, checkpoint: str) -> CheckpointInfo:
         """What is known of a checkpoint without loading, downloading or torch."""
         entry = next((entry for entry in catalog.entries(family) if entry.name == checkpoint), None)
-        source = resolve(checkpoint, family, self.settings)
+        source = self._source(checkpoint, family)
         extras = source.extras()
         return CheckpointInfo(
             name=checkpoint,
@@ -231,9 +231,19 @@ class Studio:
         here = Hardware.detect(self.settings.device)
         return replace(here, free_bytes=min(here.free_bytes + self._manager.bytes, here.total_bytes))
 
+    def _source(self, checkpoint: str, family: str, config_from: str | None = None) -> Source:
+        """Where the checkpoint comes from. In public mode nobody names paths or repositories of their own."""
+        if self.settings.public and (checkpoint not in self.catalogue(family) or config_from):
+            value = f"config_from is {config_from!r}" if config_from else f"checkpoint is {checkpoint!r}"
+            names = ", ".join(self.catalogue(family))
+            raise InvalidRequest(
+                f"{value}; on this public server checkpoint can be {names}, and no config_from"
+            )
+        return resolve(checkpoint, family, self.settings, config_from)
+
     def _fetch(self, request: Request, here: Hardware) -> Iterator[Event]:
         """Download what the checkpoint lacks here; nothing for a local one."""
-        source = resolve(request.checkpoint, request.family, self.settings, request.config_from)
+        source = self._source(request.checkpoint, request.family, request.config_from)
         precision = str(self._dtype(request, here)).removeprefix("torch.")
         room = import_module(ROOMS[request.family])
         yield from source.fetch(room.COMPONENTS, precision)
@@ -243,7 +253,7 @@ class Studio:
 
         if request.family not in ROOMS:
             raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(ROOMS)}")
-        source = resolve(request.checkpoint, request.family, self.settings, request.config_from)
+        source = self._source(request.checkpoint, request.family, request.config_from)
         dtype, device = self._dtype(request, here), torch.device(here.device)
         room = import_module(ROOMS[request.family])
         budget = budget_bytes(here, self.settings.vram)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +258,15 @@ def test_defaults_of_a_checkpoint_are_checked(studio: Studio, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="5000"):
         studio.run(request(wrong, steps=None))
     assert studio.run(request(wrong)).images
+
+
+@pytest.mark.parametrize("fields", [{}, {"checkpoint": "sd15", "config_from": "/etc"}, {"checkpoint": "a/b"}])
+def test_public_mode_reads_no_paths_of_strangers(
+    tmp_path: Path, folder: Path, fields: dict[str, str]
+) -> None:
+    studio = Studio(Settings(device="cpu", home=tmp_path, public=True))
+    with pytest.raises(InvalidRequest, match="demo, sd15"):
+        studio.run(replace(request(folder), **fields))
+    with pytest.raises(InvalidRequest, match="public server"):
+        studio.describe("sd15", str(folder))
+    assert studio.plan(SD15Request(checkpoint="demo")).phases
