@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Losses = dict[str, Tensor]
@@ -44,6 +45,7 @@ def fit(
     of a step's randomness comes from its generator, seeded by the step, so an interrupted run that resumes
     from `checkpoint` equals one that was not. `on_save` sees the averaged weights at every save.
     """
+    rank, ranks = processes()
     averaged = {name: value.detach().clone() for name, value in model.state_dict().items()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -55,7 +57,7 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         averaged, start = state["averaged"], state["step"]
-        log(f"{checkpoint.stem}: resuming at step {start}")
+        log(f"{checkpoint.stem}: resuming at step {start}" + f", process {rank} of {ranks}" * (ranks > 1))
 
     model.train()
     sums: dict[str, float] = {}
@@ -64,9 +66,11 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, recipe)
         with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused kernel's backward takes a third of the step
-            losses = losses_at(step, torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
+            draw = (recipe.seed * 1_000_003 + step) * ranks + rank
+            losses = losses_at(step, torch.Generator().manual_seed(draw))
         optimizer.zero_grad(set_to_none=True)
         next(iter(losses.values())).backward()
+        share_gradients(parameters, ranks)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(recipe.average, (1 + step) / (10 + step))
@@ -75,6 +79,8 @@ def fit(
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.item()
         done = step + 1
+        if rank:  # the first process logs and saves
+            continue
         if done % recipe.log_every == 0:
             pace = (time.perf_counter() - began) / recipe.log_every
             means = " ".join(f"{name} {total / recipe.log_every:.4f}" for name, total in sums.items())
@@ -87,6 +93,29 @@ def fit(
             began = time.perf_counter()
     model.load_state_dict(averaged)
     return model.eval()
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many train together: `torchrun --nproc-per-node 2 -m training.train_...`.
+
+    On a CPU two processes of one thread beat one of two threads: they meet once a step, not once a layer.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def share_gradients(parameters: list[nn.Parameter], ranks: int) -> None:
+    """Replaces each gradient by its mean over the processes."""
+    if ranks == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient) / ranks)
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
