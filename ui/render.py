@@ -20,6 +20,7 @@ from backend.events import Loading, Result, Step
 
 PHASES = {"encode": "Reading the prompt", "denoise": "Painting", "decode": "Developing"}
 COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
+BUSY = 'data-state="busy"'  # in every progress line of something that runs
 QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
 
 LOGO = """

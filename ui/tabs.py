@@ -21,6 +21,8 @@ from ui.jobs import Jobs
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 EXAMPLES = 4  # shown at once
+STARTING = f"() => {json.dumps(render.starting())}"
+STOPPED = f"(shown) => shown.includes({json.dumps(render.BUSY)}) ? {json.dumps(render.stopped())} : shown"
 PLANNED_BY = ("checkpoint", "config_from", "width", "height", "num_images", "dtype")
 
 
@@ -127,8 +129,7 @@ class Sheet:
 
     def _connect_painting(self, buttons: Buttons) -> None:
         status = self.easel.status
-        at_once = f"() => {json.dumps(render.starting())}"
-        buttons.generate.click(None, None, status, js=at_once, **QUIET)
+        buttons.generate.click(None, None, status, js=STARTING, **QUIET)
         run = buttons.generate.click(
             handlers.painter(self.jobs, self.easel, self.request),
             self.controls.inputs,
@@ -138,7 +139,10 @@ class Sheet:
             api_visibility="private",
             **DEVICE,
         )
-        buttons.stop.click(render.stopped, None, status, cancels=[run], **QUIET)
+        stopped = buttons.stop.click(None, status, status, js=STOPPED, cancels=[run], **QUIET)
+        # Once more when whatever was on its way has arrived: it would stand there for good.
+        arrived = stopped.then(None, js="() => new Promise((done) => setTimeout(done, 500))", **QUIET)
+        arrived.then(None, status, status, js=STOPPED, **QUIET)
 
     def _connect_reuse(self, buttons: Buttons) -> None:
         last, seed = self.easel.last, self._field("seed")

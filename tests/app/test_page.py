@@ -135,6 +135,9 @@ def test_escape_stops_and_the_next_one_works(wide: Page, server: Server) -> None
     wide.get_by_role("button", name="Generate").click()
     expect(status(wide, "done")).to_contain_text("2 pictures in")
     assert len(server.pictures) == before + 2
+    wide.get_by_role("button", name="Stop").click()
+    wide.wait_for_timeout(500)
+    expect(status(wide, "done")).to_contain_text("2 pictures in")  # with nothing to stop, nothing changes
 
 
 def test_pictures_enlarge_and_walk_by_keyboard(wide: Page) -> None:
