@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backend.nn.configs import known_fields, require
+from backend.nn.configs import read_config, require, require_each
 from backend.nn.layers import ResnetBlock, Upsample, attend
 
 EPS = 1e-6
@@ -41,10 +41,9 @@ class AutoencoderConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderConfig:
         """Read a published `vae/config.json`; CheckpointError for a kind of block that this class lacks."""
         require("VAE", config, {"act_fn": ("silu", "swish")})
-        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            for value in config.get(key, ()):
-                require("VAE", {key: value}, {key: (kind,)})
-        return cls(**known_fields(cls, config))
+        require_each("VAE", config, "down_block_types", ("DownEncoderBlock2D",))
+        require_each("VAE", config, "up_block_types", ("UpDecoderBlock2D",))
+        return read_config(cls, "VAE", config)
 
     @property
     def scale(self) -> int:

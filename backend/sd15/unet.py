@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backend.nn.configs import known_fields, require
+from backend.errors import CheckpointError
+from backend.nn.configs import read_config, require, require_each
 from backend.nn.layers import ResnetBlock, TimestepEmbedding, Upsample, attend, sinusoidal_embedding
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
@@ -99,10 +100,9 @@ class UNetConfig:
             **published,
         }
         require("UNet", config, FIXED)
-        for key, kinds in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            for kind in config[key]:
-                require("UNet", {key: kind}, {key: kinds})
-        levels = len(config["block_out_channels"])
+        require_each("UNet", config, "down_block_types", DOWN_BLOCKS)
+        require_each("UNet", config, "up_block_types", UP_BLOCKS)
+        levels = len(config["down_block_types"])
 
         def per_level(value: Any) -> tuple[Any, ...]:
             return tuple(value) if isinstance(value, list | tuple) else (value,) * levels
@@ -114,7 +114,12 @@ class UNetConfig:
             "transformer_layers": per_level(config.get("transformer_layers_per_block", 1)),
             "only_cross_attention": per_level(config.get("only_cross_attention", False)),
         }
-        return cls(**known_fields(cls, config) | derived)
+        for key in ("block_out_channels", "up_block_types"):
+            derived[key] = per_level(config[key])
+        for key, values in derived.items():
+            if len(values) != levels:
+                raise CheckpointError(f"UNet config: {key} has {len(values)} entries for {levels} levels")
+        return read_config(cls, "UNet", config | derived)
 
 
 class Attention(nn.Module):

@@ -25,14 +25,14 @@ def load_module(
     dtype: torch.dtype,
     device: torch.device,
     what: str,
-    channels_last: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> M:
     """The module that `build` makes, with `tensors` for its weights: in eval mode, not asking for gradients.
 
     A tensor of the right dtype, layout and device is taken as it is, so a mapped file is read as the module
     runs; the others are converted one at a time, so memory peaks at the weights as run plus one tensor.
-    `channels_last` gives the weights of convolutions that layout. `buffers` are those that a module computes
+    `layout` is that of the convolutions' weights. `buffers` are those that a module computes
     when it is built, which checkpoints leave out. `what` names the component in errors.
 
     Raises CheckpointError where the tensors are not just those of the module, or the module cannot be built.
@@ -41,7 +41,7 @@ def load_module(
     _check(module.state_dict(), tensors, what)
     for name, meta in list(module.state_dict(keep_vars=True).items()):
         kept = dtype if meta.is_floating_point() else meta.dtype
-        value = _placed(tensors[name], kept, device, channels_last)
+        value = _placed(tensors[name], kept, device, layout if meta.ndim == 4 else torch.contiguous_format)
         _assign(
             module,
             name,
@@ -86,8 +86,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: 
         )
 
 
-def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.contiguous_format
+def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Tensor:
     fits = tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout)
     large = tensor.numel() * dtype.itemsize >= HUGE_PAGE
     if sys.platform == "linux" and device.type == "cpu" and large and not fits:

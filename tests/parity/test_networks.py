@@ -164,3 +164,20 @@ def test_settings_that_are_not_built_are_refused_by_name(config: dict[str, Any],
 def test_autoencoder_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match="AttnDownEncoderBlock2D"):
         AutoencoderConfig.from_dict({"down_block_types": ["AttnDownEncoderBlock2D"]})
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"block_out_channels": "wide"}, "block_out_channels"),
+        ({"block_out_channels": [320, 640]}, "2 entries for 4 levels"),
+        ({"block_out_channels": [320, -640, 640, 640]}, "block_out_channels"),
+        ({"norm_num_groups": 32.5}, "norm_num_groups"),
+        ({"cross_attention_dim": None}, "cross_attention_dim"),
+        ({"attention_head_dim": ["8", "8", "8", "8"]}, "heads"),
+        ({"down_block_types": None}, "down_block_types"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        UNetConfig.from_dict(config)
