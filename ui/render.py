@@ -54,7 +54,7 @@ def pictures(result: Result, outputs: Path) -> str:
 
 
 def unsaved(images: Sequence[Image]) -> str:
-    """Pictures that could not be written, carried by the page itself: a click saves them from the browser."""
+    """Pictures that could not be written, carried by the page itself: the browser can still save them."""
     tiles = [_tile(data_url(image, "png"), "Unsaved picture", image.width / image.height) for image in images]
     return _canvas("done", "".join(tiles), len(tiles))
 
