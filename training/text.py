@@ -17,6 +17,7 @@ from training.loop import Losses, Recipe, fit
 from training.postcards import ATTRIBUTES, caption, random_scene, vocabulary
 
 TOKENS = 32
+COUNTS = [len(values) for values in ATTRIBUTES.values()]
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
@@ -111,15 +112,25 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return padded["input_ids"]
 
 
+def attribute_head(text_model: CLIPTextModel) -> nn.Linear:
+    """From the pooled text to a score for each value of each attribute: (B, D) → (B, 29)."""
+    return nn.Linear(text_model.config.hidden_size, sum(COUNTS))
+
+
+def attribute_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy summed over the attributes: scores (B, 29), labels (B, 6)."""
+    parts = scores.split(COUNTS, 1)
+    wrong = [functional.cross_entropy(part, labels[:, index]) for index, part in enumerate(parts)]
+    return torch.stack(wrong).sum()
+
+
 class CaptionReader(nn.Module):
     """The text model with a head that names the attributes at the end token: only for the warm-up."""
 
     def __init__(self, text_model: CLIPTextModel) -> None:
         super().__init__()
         self.text_model = text_model
-        self.head = nn.Linear(
-            text_model.config.hidden_size, sum(len(values) for values in ATTRIBUTES.values())
-        )
+        self.head = attribute_head(text_model)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.text_model(input_ids=ids).pooler_output)
@@ -130,18 +141,14 @@ def warm_up(
 ) -> CLIPTextModel:
     """Teaches the text model what captions say, so that the UNet never learns to ignore it."""
     reader = CaptionReader(text_model)
-    counts = [len(values) for values in ATTRIBUTES.values()]
 
     def losses_at(step: int, _: torch.Generator) -> Losses:
         rng = random.Random(step)
         scenes = [random_scene(rng) for _ in range(64)]
         labels = torch.tensor([scene.labels() for scene in scenes])
-        scores = reader(token_ids(tokenizer, [caption(scene, rng, left_out=0) for scene in scenes])).split(
-            counts, 1
-        )
-        wrong = [functional.cross_entropy(part, labels[:, index]) for index, part in enumerate(scores)]
-        right = torch.stack([part.argmax(1) == labels[:, index] for index, part in enumerate(scores)])
-        return {"loss": torch.stack(wrong).sum(), "right": right.float().mean()}
+        scores = reader(token_ids(tokenizer, [caption(scene, rng, left_out=0) for scene in scenes]))
+        best = torch.stack([part.argmax(1) for part in scores.split(COUNTS, 1)], 1)
+        return {"loss": attribute_loss(scores, labels), "right": (best == labels).float().mean()}
 
     fit(reader, losses_at, recipe, checkpoint)
     return text_model

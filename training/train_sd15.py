@@ -25,7 +25,14 @@ from training.data import CACHE, Postcards, postcards
 from training.hub import DEMO, write_component, write_json
 from training.loop import Losses, Recipe, Weights, fit, log
 from training.postcards import COLOURS, LANDS, PLACES, SKIES, SUBJECTS, TIMES, Scene, caption
-from training.text import caption_tokenizer, text_config, token_ids, warm_up
+from training.text import (
+    attribute_head,
+    attribute_loss,
+    caption_tokenizer,
+    text_config,
+    token_ids,
+    warm_up,
+)
 from training.vae import train_autoencoder, train_decoder
 
 SEED = 15
@@ -109,7 +116,9 @@ UNET_RECIPE = Recipe(steps=7500, learning_rate=1e-3, warmup=200, average=0.998, 
 BATCH = 24  # in each of two processes
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
-BOX_WEIGHT = 1.5  # how much more than the rest of the picture the subject counts
+NOISY = 0.8  # half of the timesteps are above this share of 1000
+READING_WEIGHT = 0.1
+BOX_WEIGHT = 3.0  # how much more than the rest of the picture the subject counts
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,10 +193,13 @@ class Denoiser(nn.Module):
         torch.manual_seed(SEED)
         self.text_encoder = CLIPTextModel(text_config(tokenizer()))
         self.unet = UNet(UNetConfig.from_dict(UNET_CONFIG))
+        self.head = attribute_head(self.text_encoder)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """Latents (B, 4, 16, 16), timesteps (B,), token ids (B, 32) → velocity (B, 4, 16, 16)."""
-        return self.unet(latents, timesteps, self.text_encoder(input_ids=ids).last_hidden_state)
+    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, 4, 16, 16), timesteps (B,), token ids (B, 32) → velocity (B, 4, 16, 16), and what
+        the text model understood: attribute scores (B, 29)."""
+        text = self.text_encoder(input_ids=ids)
+        return self.unet(latents, timesteps, text.last_hidden_state), self.head(text.pooler_output)
 
 
 def alphas_cumprod() -> Tensor:
@@ -209,28 +221,34 @@ def train_unet() -> None:
     model.text_encoder.load_state_dict(
         {name.removeprefix(prefix): value for name, value in reader.items() if name.startswith(prefix)}
     )
+    model.head.load_state_dict({name: reader[f"head.{name}"] for name in ("weight", "bias")})
     latents, weights = trained_latents()["latents"], box_weights(torch.from_numpy(shown().boxes))
-    scenes, signal = shown().scenes, alphas_cumprod()
+    scenes, labels, signal = shown().scenes, shown().labels(), alphas_cumprod()
 
     def losses_at(_: int, generator: torch.Generator) -> Losses:
         rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
         indices = torch.randint(len(scenes), (BATCH,), generator=generator)
         ids = token_ids(tokenizer(), [words_for(scenes[index], rng) for index in indices.tolist()])
-        # One timestep from each of as many equal stretches: less noise in the loss than independent ones.
+        # Stratified, for less noise in the loss. Every other one is from the noisiest fifth: only there is it
+        # still open where things are, for the text to decide.
         spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+        spread[::2] = NOISY + (1 - NOISY) * spread[::2]
         timesteps = (spread * 1000).long().clamp(max=999)
         clean, noise = latents[indices], torch.randn((BATCH, *latents.shape[1:]), generator=generator)
         share = signal[timesteps].view(-1, 1, 1, 1)
         noisy = share.sqrt() * clean + (1 - share).sqrt() * noise
         velocity = share.sqrt() * noise - (1 - share).sqrt() * clean
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model(noisy, timesteps, ids)
+            predicted, understood = model(noisy, timesteps, ids)
         error = (predicted.float() - velocity).square()
         snr = share / (1 - share)
         # Min-SNR weighs the picture's error by min(snr, 5), which is nothing where noise hides all but the
         # composition: places were hardly learned. By one more than that, they are.
         weighted = error * weights[indices] * ((snr.clamp(max=SNR_CAP) + 1) / (snr + 1))
-        return {"loss": weighted.mean(), "error": error.mean()}
+        # Left to the UNet, the text model forgets whatever the UNet does not use yet: left became right.
+        reading = attribute_loss(understood.float(), labels[indices])
+        loss = weighted.mean() + READING_WEIGHT * reading
+        return {"loss": loss, "reading": reading, "error": error[1::2].mean(), "noisiest": error[::2].mean()}
 
     fit(
         model,
