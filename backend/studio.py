@@ -118,6 +118,7 @@ class Studio:
         with self._device_lock:
             here = self._machine()
             pipeline = self._pipeline(request, _seeds(request), here)
+            self._mark_baseline(here)
             deque(self._run_phases(pipeline, threading.Event(), {}, {}, []), maxlen=0)
 
     def unload(self) -> None:
@@ -130,10 +131,9 @@ class Studio:
         begin = time.perf_counter()
         _check(stop)
         here = self._machine()
-        if not self._manager.bytes:
-            self._baseline = anonymous_bytes() if here.device == "cpu" else 0
         seeds = _seeds(request)
         pipeline = self._pipeline(request, seeds, here)
+        self._mark_baseline(here)
         plan = self._plan(pipeline, here)
         yield Planned(plan=plan)
         if not plan.fits:
@@ -223,6 +223,11 @@ class Studio:
                     shown = now
                 yield _step(phase.name, report, now, drawn)
                 _check(stop)
+
+    def _mark_baseline(self, here: Hardware) -> None:
+        """Peaks count from here: the libraries are imported, and nothing is loaded."""
+        if not self._manager.bytes:
+            self._baseline = anonymous_bytes() if here.device == "cpu" else 0
 
     def _machine(self) -> Hardware:
         """The hardware as it is now; what our components hold counts as free, since it is ours to use."""
