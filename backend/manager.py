@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Generator, Hashable
+from collections.abc import Generator, Hashable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +52,18 @@ class Manager:
         finally:
             entry.lent -= 1
 
-    def make_room(self, budget_bytes: int, keep: set[Hashable]) -> list[str]:
-        """Evict until `budget_bytes` hold what stays; never what is lent or in `keep`. → names evicted."""
+    def make_room(self, budget_bytes: int, wanted: Iterable[Component]) -> list[str]:
+        """Evict until `budget_bytes` hold what stays and what is `wanted` beside it. → names evicted.
+
+        Neither what is wanted nor what is lent is evicted, even if the budget is short for them alone.
+        """
+        needed = {component.identity: component for component in wanted}
+        missing = sum(component.bytes for component in needed.values() if not self.holds(component))
         evicted = []
         for identity, entry in list(self._loaded.items()):
-            if self.bytes <= budget_bytes:
+            if self.bytes + missing <= budget_bytes:
                 break
-            if not entry.lent and identity not in keep:
+            if not entry.lent and identity not in needed:
                 del self._loaded[identity]
                 evicted.append(entry.component.name)
         if evicted:

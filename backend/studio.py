@@ -86,6 +86,13 @@ class Studio:
             _check(stop)
         try:
             yield from self._generate(request, stop)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_shortage(error):
+                raise
+            raise OutOfMemory(
+                "The device ran out of memory. A smaller picture or fewer images take less; "
+                "so does closing other programs that use it."
+            ) from None
         finally:
             self._device_lock.release()
 
@@ -143,8 +150,9 @@ class Studio:
             yield loading
             _check(stop)
         pipeline = self._pipeline(request, seeds, here)  # its configs are the checkpoint's own now
-        wanted = {component.identity for component in pipeline.components.values()}
-        self._manager.make_room(plan.budget_bytes - max(phase.work_bytes for phase in plan.phases), wanted)
+        self._manager.make_room(
+            plan.budget_bytes - max(phase.work_bytes for phase in plan.phases), pipeline.components.values()
+        )
 
         timings: dict[str, float] = {}
         results: dict[str, Any] = {}
@@ -318,6 +326,13 @@ def _step(name: str, report: Progress, elapsed: float, drawn: bool) -> Step:
     left = elapsed / report.step * (report.steps - report.step)
     previews = report.preview() if drawn and report.preview else ()
     return Step(phase=name, step=report.step, steps=report.steps, eta_s=round(left, 2), previews=previews)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """CUDA has a class for it, torch's CPU allocator only a text."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _check(stop: threading.Event) -> None:

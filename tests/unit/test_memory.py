@@ -104,8 +104,11 @@ def test_manager_loads_once_and_evicts_the_least_recent_never_the_lent() -> None
             assert first is again
     assert loads == ["a", "b", "c"]
     with manager.use(b):
-        assert manager.make_room(15, keep={"a"}) == ["c"]  # b is lent, a is wanted
-        assert manager.make_room(0, keep=set()) == ["a"]
+        assert manager.make_room(30, [a]) == []
+        assert manager.make_room(29, [a, component("d", 9, loads)]) == [
+            "c"
+        ]  # b is lent, a wanted, d on its way
+        assert manager.make_room(0, []) == ["a"]
         manager.clear()
         assert manager.holds(b)
     manager.clear()

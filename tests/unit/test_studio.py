@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from backend import (
@@ -24,6 +25,8 @@ from backend import (
     Studio,
 )
 from backend.events import Finished, Loading, Planned, Step, Waiting
+from backend.memory.hardware import GIB
+from backend.memory.plan import RESERVE_BYTES
 from backend.sd15 import pipeline as sd15
 from backend.sd15.unet import UNet
 from tests.checkpoints import sd15_folder
@@ -270,3 +273,36 @@ def test_public_mode_reads_no_paths_of_strangers(
     with pytest.raises(InvalidRequest, match="public server"):
         studio.describe("sd15", str(folder))
     assert studio.plan(SD15Request(checkpoint="demo")).phases
+
+
+def test_another_checkpoint_makes_room_for_itself(tmp_path: Path, folder: Path) -> None:
+    other = sd15_folder(tmp_path / "other", seed=1)
+    roomy = Studio(Settings(device="cpu", dtype="float32", home=tmp_path))
+    peak = roomy.plan(request(folder)).peak_bytes
+    cap = (RESERVE_BYTES["cpu"] + 1.1 * peak) / GIB
+    tight = Studio(Settings(device="cpu", dtype="float32", home=tmp_path, vram=cap))
+    for studio, components in ((roomy, 6), (tight, 3)):
+        studio.run(request(folder))
+        studio.run(request(other))
+        assert len(studio._manager.names()) == components
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_said_and_survived(
+    studio: Studio, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UNet, "forward", fail)
+        with pytest.raises(OutOfMemory, match="fewer images"):
+            studio.run(request(folder))
+    assert studio.run(request(folder)).images
