@@ -8,8 +8,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from backend.errors import CheckpointError
+from backend.nn import layers
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.sd15.unet import UNet, UNetConfig
 
@@ -181,3 +183,21 @@ def test_autoencoder_of_another_kind_is_refused_by_name() -> None:
 def test_values_of_a_wrong_type_are_named(config: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         UNetConfig.from_dict(config)
+
+
+@torch.no_grad()
+def test_long_attention_in_bf16_stays_near_the_exact_one() -> None:
+    """On a CPU it goes another way than torch's kernel, and rounds once more."""
+    torch.manual_seed(0)
+    q, k, v = (scale * torch.randn(2, layers.LONG + 40, 3 * 40) for scale in (2, 2, 1))  # scores up to 33
+    exact = layers.attend(q, k, v, heads=3)
+
+    def error(out: Tensor) -> float:
+        return float((out.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+    halves = [t.bfloat16() for t in (q, k, v)]
+    split = [t.view(2, -1, 3, 40).transpose(1, 2) for t in halves]
+    kernel = functional.scaled_dot_product_attention(split[0], split[1], split[2])
+    chunked = error(layers.attend(halves[0], halves[1], halves[2], heads=3))
+    assert 0 < chunked < 2.5 * error(kernel.transpose(1, 2).reshape(exact.shape))
+    assert chunked < 0.02
