@@ -110,9 +110,9 @@ EXAMPLES = [
 ]
 
 VAE_RECIPE = Recipe(steps=6400, learning_rate=2e-3, average=0.997, seed=SEED)
-DECODER_RECIPE = Recipe(steps=6000, learning_rate=1e-3, average=0.998, seed=SEED + 1)
+DECODER_RECIPE = Recipe(steps=2400, learning_rate=1e-3, average=0.998, seed=SEED + 1)
 TEXT_RECIPE = Recipe(steps=400, learning_rate=1e-3, warmup=50, seed=SEED)
-UNET_RECIPE = Recipe(steps=7500, learning_rate=1e-3, warmup=200, average=0.998, seed=SEED, save_every=250)
+UNET_RECIPE = Recipe(steps=7500, learning_rate=1.3e-3, warmup=200, average=0.998, seed=SEED, save_every=250)
 BATCH = 24  # in each of two processes
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
