@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -74,19 +74,12 @@ class Job:
         return self.guidance_scale > 1.0 and not self.distilled
 
     def settings(self) -> dict[str, Any]:
+        """The request's fields with every default filled in, and the seed that was used."""
+        filled = ("steps", "guidance_scale", "sampler", "width", "height")
         return {
-            "prompt": self.request.prompt,
-            "negative_prompt": self.request.negative_prompt,
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "sampler": self.sampler,
+            **asdict(self.request),
+            **{name: getattr(self, name) for name in filled},
             "seed": self.seeds[0],
-            "num_images": len(self.seeds),
-            "width": self.width,
-            "height": self.height,
-            "checkpoint": self.request.checkpoint,
-            "raw_prompt": self.request.raw_prompt,
-            "clip_skip": self.request.clip_skip,
         }
 
 
