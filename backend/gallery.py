@@ -76,7 +76,9 @@ class Gallery:
         moment = time.localtime(now)
         folder = self.outputs / time.strftime("%Y-%m-%d", moment)
         # the token keeps strangers from guessing the address of a served picture
-        path = folder / f"{time.strftime('%H%M%S', moment)}-{secrets.token_hex(12)}.png"
+        path = (
+            folder / f"{time.strftime('%H%M%S', moment)}{int(now % 1 * 1000):03}-{secrets.token_hex(12)}.png"
+        )
         with _explained(folder, (image,)):
             folder.mkdir(parents=True, exist_ok=True)
             _write_whole(path, _png(image, parameters))

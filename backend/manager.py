@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from backend.memory.hardware import anonymous_bytes
 from backend.phases import Component
 
 
@@ -20,6 +21,7 @@ from backend.phases import Component
 class _Loaded:
     component: Component
     value: Any
+    anonymous_bytes: int  # of the process's memory, as measured; a mapped file's pages do not count
     lent: int = 0
 
 
@@ -27,23 +29,32 @@ class Manager:
     def __init__(self) -> None:
         self._loaded: OrderedDict[Hashable, _Loaded] = OrderedDict()  # least recently used first
 
+    # the plan is asked for from other threads meanwhile, so everything that iterates takes a copy
+
     def holds(self, component: Component) -> bool:
         return component.identity in self._loaded
 
     @property
     def bytes(self) -> int:
         """What the loaded components take together."""
-        return sum(entry.component.bytes for entry in self._loaded.values())
+        return sum(entry.component.bytes for entry in list(self._loaded.values()))
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """What loading them added to the process's anonymous memory."""
+        return sum(entry.anonymous_bytes for entry in list(self._loaded.values()))
 
     def names(self) -> list[str]:
-        return [entry.component.name for entry in self._loaded.values()]
+        return [entry.component.name for entry in list(self._loaded.values())]
 
     @contextmanager
     def use(self, component: Component) -> Generator[Any, None, None]:
         """Lend the component, loading it first if need be. Raises CheckpointError as its `load` does."""
         entry = self._loaded.get(component.identity)
         if entry is None:
-            entry = _Loaded(component, component.load())
+            before = anonymous_bytes()
+            value = component.load()
+            entry = _Loaded(component, value, max(anonymous_bytes() - before, 0))
             self._loaded[component.identity] = entry
         self._loaded.move_to_end(component.identity)
         entry.lent += 1

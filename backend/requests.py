@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,11 +92,12 @@ REQUESTS: dict[str, type[Request]] = {SD15Request.family: SD15Request}
 def whole(request: Request, name: str, low: int, high: int, *, multiple: int = 1, extra: str = "") -> None:
     """Check that the field is a whole number in range; keep it as an int (JSON clients send 7.0 for 7)."""
     value: Any = getattr(request, name)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (fits and value == int(value) and low <= value <= high and int(value) % multiple == 0):
+    whole_number = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    fits = whole_number and not isinstance(value, bool) and low <= value <= high
+    if not (fits and int(value) % multiple == 0):
         step = f" in multiples of {multiple}" if multiple > 1 else ""
         raise InvalidRequest(
-            f"{name} is {value!r}; it can be a whole number from {low} to {high}{step}{extra}"
+            f"{name} is {_shown(value)}; it can be a whole number from {low} to {high}{step}{extra}"
         )
     object.__setattr__(request, name, int(value))
 
@@ -105,9 +105,8 @@ def whole(request: Request, name: str, low: int, high: int, *, multiple: int = 1
 def number(request: Request, name: str, low: float, high: float) -> None:
     """Check that the field is a finite number in range, and keep it as a float."""
     value: Any = getattr(request, name)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (fits and low <= value <= high):
-        raise InvalidRequest(f"{name} is {value!r}; it can be a number from {low:g} to {high:g}")
+    if isinstance(value, bool) or not (isinstance(value, int | float) and low <= value <= high):
+        raise InvalidRequest(f"{name} is {_shown(value)}; it can be a number from {low:g} to {high:g}")
     object.__setattr__(request, name, float(value))
 
 
@@ -115,9 +114,22 @@ def choice(request: Request, name: str, allowed: tuple[str, ...]) -> None:
     """Check that the field is one of the allowed names."""
     value: Any = getattr(request, name)
     if value not in allowed:
-        raise InvalidRequest(f"{name} is {value!r}; it can be {', '.join(allowed)}")
+        raise InvalidRequest(f"{name} is {_shown(value)}; it can be {', '.join(allowed)}")
 
 
 def _text(name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{name} is {value!r}; it must be text")
+        raise InvalidRequest(f"{name} is {_shown(value)}; it must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} holds half of a character at place {error.start + 1}: {value!r:.80}"
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number of thousands of digits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import tempfile
 import threading
@@ -65,7 +66,6 @@ class Studio:
         use_huge_pages()
         # no RLock: a closed generator may release it from another thread
         self._device_lock = threading.Lock()
-        self._baseline = 0
 
     def run(self, request: Request, stop: threading.Event | None = None) -> Result:
         """Make the pictures. Raises what `generate` raises."""
@@ -78,7 +78,7 @@ class Studio:
         """Yield events until Finished. `stop`, once set, ends the work within a step.
 
         Raises InvalidRequest, CheckpointError, AccessError, StorageError, OutOfMemory or Cancelled; whatever
-        it raises, the device is free for the next request.
+        it raises, the device is free for the next request. Until it ends or is closed it holds the device.
         """
         stop = stop or threading.Event()
         while not self._device_lock.acquire(timeout=WAITING_SECONDS):
@@ -86,7 +86,7 @@ class Studio:
             _check(stop)
         try:
             yield from self._generate(request, stop)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if not _is_shortage(error):
                 raise
             raise OutOfMemory(
@@ -103,21 +103,22 @@ class Studio:
 
     def describe(self, family: str, checkpoint: str) -> CheckpointInfo:
         """What is known of a checkpoint without loading, downloading or torch."""
-        entry = next((entry for entry in catalog.entries(family) if entry.name == checkpoint), None)
+        entry = catalog.entry(family, checkpoint)
         source = self._source(checkpoint, family)
         extras = source.extras()
+        room = import_module(f"backend.{family}.defaults")
         return CheckpointInfo(
             name=checkpoint,
             title=entry.title if entry else source.name,
             licence=entry.licence if entry else "",
-            defaults={**(entry.defaults if entry else {}), **extras.get("defaults", {})},
+            defaults=room.defaults(source),
             vocabulary=extras.get("vocabulary", {}),
             examples=extras.get("examples", []),
         )
 
     def catalogue(self, family: str) -> list[str]:
         """The names of the checkpoints known by name."""
-        return [entry.name for entry in catalog.entries(family)]
+        return catalog.names(family)
 
     def warm(self, family: str = "sd15") -> None:
         """Load the built-in checkpoint and run a step, so that the first picture does not wait for it."""
@@ -125,7 +126,6 @@ class Studio:
         with self._device_lock:
             here = self._machine()
             pipeline = self._pipeline(request, _seeds(request), here)
-            self._mark_baseline(here)
             deque(self._run_phases(pipeline, threading.Event(), {}, {}, []), maxlen=0)
 
     def unload(self) -> None:
@@ -140,16 +140,17 @@ class Studio:
         here = self._machine()
         seeds = _seeds(request)
         pipeline = self._pipeline(request, seeds, here)
-        self._mark_baseline(here)
         plan = self._plan(pipeline, here)
-        yield Planned(plan=plan)
-        if not plan.fits:
-            raise OutOfMemory(plan.decisions[0])
+        yield from _announced(plan)
         self.gallery.check()
+        loading = None
         for loading in self._fetch(request, here):
             yield loading
             _check(stop)
-        pipeline = self._pipeline(request, seeds, here)  # its configs are the checkpoint's own now
+        if loading is not None:  # its configs and sizes are the checkpoint's own now
+            pipeline = self._pipeline(request, seeds, here)
+            plan = self._plan(pipeline, here)
+            yield from _announced(plan)
         self._manager.make_room(
             plan.budget_bytes - max(phase.work_bytes for phase in plan.phases), pipeline.components.values()
         )
@@ -157,6 +158,7 @@ class Studio:
         timings: dict[str, float] = {}
         results: dict[str, Any] = {}
         notices: list[str] = []
+        baseline = anonymous_bytes() - self._manager.anonymous_bytes if here.device == "cpu" else 0
         with PeakMeter(here.device) as meter:
             yield from self._run_phases(pipeline, stop, results, timings, notices)
         pictures: list[Image] = results[pipeline.phases[-1].name]
@@ -171,7 +173,7 @@ class Studio:
                 plan=plan,
                 timings=rounded,
                 settings=pipeline.settings,
-                peak_bytes=max(meter.peak - self._baseline, 0),
+                peak_bytes=max(meter.peak - baseline, 0),
                 notices=notices,
             )
         )
@@ -231,11 +233,6 @@ class Studio:
                     shown = now
                 yield _step(phase.name, report, now, drawn)
                 _check(stop)
-
-    def _mark_baseline(self, here: Hardware) -> None:
-        """Peaks count from here: the libraries are imported, and nothing is loaded."""
-        if not self._manager.bytes:
-            self._baseline = anonymous_bytes() if here.device == "cpu" else 0
 
     def _machine(self) -> Hardware:
         """The hardware as it is now; what our components hold counts as free, since it is ours to use."""
@@ -328,11 +325,22 @@ def _step(name: str, report: Progress, elapsed: float, drawn: bool) -> Step:
     return Step(phase=name, step=report.step, steps=report.steps, eta_s=round(left, 2), previews=previews)
 
 
+def _announced(plan: Plan) -> Iterator[Event]:
+    yield Planned(plan=plan)
+    if not plan.fits:
+        raise OutOfMemory(plan.decisions[0])
+
+
 def _is_shortage(error: Exception) -> bool:
-    """CUDA has a class for it, torch's CPU allocator only a text."""
+    """CUDA has a class for it, mapping memory a number, torch's other allocators only a text."""
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in told for text in ("out of memory", "not enough memory", "can't allocate memory")
+    )
 
 
 def _check(stop: threading.Event) -> None:

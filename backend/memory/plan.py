@@ -64,6 +64,14 @@ def gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
 
 
+def _advice(weights_alone: bool, precision: str) -> str:
+    if weights_alone and precision != "float32":
+        return "The weights alone are too large: another device or a smaller checkpoint is needed."
+    if weights_alone:
+        return "The weights alone are too large; in 16 bits they take half."
+    return "A smaller picture or fewer images take less."
+
+
 def budget_bytes(hardware: Hardware, cap_gib: float | None) -> int:
     """min(free, cap) − reserve: what components and work may take together."""
     free = hardware.free_bytes if cap_gib is None else min(hardware.free_bytes, int(cap_gib * GIB))
@@ -101,8 +109,8 @@ def make_plan(
         verdict = f"Everything stays in memory on {where}: {gib(peak)} of the {gib(budget)} at hand."
     else:
         verdict = (
-            f"Does not fit {where}: {largest.name} needs {gib(peak)}, and {gib(budget)} is at hand. "
-            "A smaller picture, fewer images or float16 weights take less."
+            f"Does not fit {where}: {largest.name} needs {gib(peak)}, {gib(weights)} of it weights, "
+            f"and {gib(budget)} is at hand. {_advice(weights > budget, precision)}"
         )
     return Plan(
         device=hardware.device,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from backend.errors import CheckpointError
 from backend.nn.configs import read_config, require, require_each
 from backend.nn.layers import ResnetBlock, Upsample, attend
 
@@ -43,7 +44,10 @@ class AutoencoderConfig:
         require("VAE", config, {"act_fn": ("silu", "swish")})
         require_each("VAE", config, "down_block_types", ("DownEncoderBlock2D",))
         require_each("VAE", config, "up_block_types", ("UpDecoderBlock2D",))
-        return read_config(cls, "VAE", config)
+        made = read_config(cls, "VAE", config)
+        if made.scaling_factor <= 0:
+            raise CheckpointError(f"VAE config: scaling_factor is {made.scaling_factor}; it must be above 0")
+        return made
 
     @property
     def scale(self) -> int:

@@ -8,11 +8,6 @@ import torch
 from torch import Tensor
 
 
-def image_seeds(seed: int, count: int) -> list[int]:
-    """The seeds of `count` images: seed + i, wrapped to 32 bits."""
-    return [(seed + i) % 2**32 for i in range(count)]
-
-
 class Noise:
     """Standard normal noise for a batch, one generator per image, so a batch equals its images run alone.
 

@@ -22,6 +22,7 @@ from backend.requests import SD15Request
 from backend.sampling.noise import Noise
 from backend.sampling.samplers import sample
 from backend.sampling.schedules import ScheduleConfig
+from backend.sd15.defaults import defaults
 from backend.sd15.unet import UNet, UNetConfig
 from backend.text.encoders import load_clip_text, load_tokenizer
 from backend.text.prompts import encode_prompts
@@ -31,18 +32,6 @@ from backend.weights.source import Source
 COMPONENTS = ("text_encoder", "unet", "vae")
 
 TILE = 96  # latent pixels along a side; with a quarter of it overlapping, group norms see enough to agree
-
-# The reference scheduler that a checkpoint names → the sampler that equals it.
-DEFAULT_SAMPLERS = {
-    "PNDMScheduler": "pndm",
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_ancestral",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-}
 
 # Published linear approximation of the decoder: model-space latents → RGB in [-1, 1]. For previews only.
 LATENT_RGB = {
@@ -84,38 +73,17 @@ class Job:
 
 
 def complete(request: SD15Request, source: Source, seeds: tuple[int, ...]) -> Job:
-    """Fill in the checkpoint's defaults: its own where it states them, else its networks' and scheduler's."""
-    unet, vae, scheduler = (source.config(name) for name in ("unet", "vae", "scheduler"))
-    height, width = sample_size(unet.get("sample_size"))
-    scale = AutoencoderConfig.from_dict(vae).scale
-    defaults: dict[str, Any] = {
-        "steps": 50,
-        "guidance_scale": 7.5,
-        "sampler": DEFAULT_SAMPLERS.get(scheduler.get("_class_name", ""), "pndm"),
-        "width": width * scale,
-        "height": height * scale,
-    }
-    defaults |= {
-        name: value for name, value in source.extras().get("defaults", {}).items() if name in defaults
-    }
-    missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+    """Fill in the checkpoint's defaults. Raises CheckpointError for one that cannot be served."""
+    values = defaults(source)
+    missing = {name: value for name, value in values.items() if getattr(request, name) is None}
     try:
         full = replace(request, **missing)
     except InvalidRequest as error:
         raise CheckpointError(f"{source.name} has a default that cannot be served: {error}") from error
-    values = {name: getattr(full, name) for name in defaults}
-    return Job(request=request, seeds=seeds, distilled=unet.get("time_cond_proj_dim") is not None, **values)
-
-
-def sample_size(stated: Any) -> tuple[int, int]:
-    """Height and width in latent pixels, from a config that states one number, two, or none."""
-    match stated:
-        case int(side) if side > 0:
-            return side, side
-        case [int(height), int(width)] if height > 0 and width > 0:
-            return height, width
-        case _:
-            return 64, 64
+    distilled = source.config("unet").get("time_cond_proj_dim") is not None
+    return Job(
+        request=request, seeds=seeds, distilled=distilled, **{name: getattr(full, name) for name in values}
+    )
 
 
 def pipeline(
@@ -143,7 +111,7 @@ def pipeline(
             f"{source.name} is {kind} UNet with {unet_config.in_channels} input channels; "
             f"text to image takes {vae_config.latent_channels}"
         )
-    precision = str(dtype).removeprefix("torch.")
+    precision = _name(dtype)
     here = source.present(COMPONENTS, precision)  # else the plan is all that can be made yet
     fingerprints = {name: source.fingerprint(name, precision) if here else source.name for name in COMPONENTS}
 
@@ -193,7 +161,8 @@ def pipeline(
     tile, side = None, TILE * vae_config.scale
     decoding = decode_work(vae_config, job.height * job.width, item)
     decisions: tuple[str, ...] = ()
-    if sum(part.bytes for part in components.values()) + decoding > budget_bytes:
+    weights = sum(part.bytes for part in components.values())
+    if max(latent_size) > TILE and weights + decoding > budget_bytes:
         tile, decoding = TILE, decode_work(vae_config, min(side * side, job.height * job.width), item)
         decisions = (f"The picture is decoded in tiles of {side} pixels: the whole would not fit.",)
 
@@ -278,9 +247,8 @@ def decode(
 ) -> Generator[Progress | Notice, None, list[Image.Image]]:
     """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
     if not latents.isfinite().all():
-        raise TriptychError(
-            f"denoising gave values that are not numbers in {dtype}; bfloat16 or float32 may help"
-        )
+        advice = "the weights may be damaged" if dtype == torch.float32 else "bfloat16 or float32 may help"
+        raise TriptychError(f"denoising in {_name(dtype)} gave values that are not numbers; {advice}")
     pictures: list[Image.Image] = []
     for index, one in enumerate(vae.from_model(latents).split(1)):
         pixels = vae.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)), tile=tile)
@@ -310,6 +278,10 @@ def previews(latents: Tensor, rgb: Mapping[str, Any]) -> tuple[Image.Image, ...]
         picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.BICUBIC)
         for picture in to_pictures(colours)
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def layout_of(dtype: torch.dtype) -> torch.memory_format:

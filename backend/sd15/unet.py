@@ -119,7 +119,15 @@ class UNetConfig:
         for key, values in derived.items():
             if len(values) != levels:
                 raise CheckpointError(f"UNet config: {key} has {len(values)} entries for {levels} levels")
-        return read_config(cls, "UNet", config | derived)
+        made = read_config(cls, "UNet", config | derived)
+        attentive = [
+            *(kind == "CrossAttnDownBlock2D" for kind in made.down_block_types[:-1]),
+            True,  # the middle block has the last level's width and heads
+        ]
+        for width, heads, attends in zip(made.block_out_channels, made.heads, attentive, strict=True):
+            if attends and (heads == 0 or width % heads):
+                raise CheckpointError(f"UNet config: a width of {width} cannot be split into {heads} heads")
+        return made
 
 
 class Attention(nn.Module):

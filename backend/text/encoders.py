@@ -27,6 +27,8 @@ def load_clip_text(source: Source, component: str, dtype: torch.dtype, device: t
             raise ValueError(error.__cause__ or error) from error
 
     positions = config.get("max_position_embeddings", 77)
+    if not isinstance(positions, int):
+        raise CheckpointError(f"{source.name}: {component}: max_position_embeddings is {positions!r}")
     return load_module(
         build,
         {name: published[theirs] for name, theirs in tensors.items()},

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from backend.errors import InvalidRequest
+from backend.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -148,6 +148,11 @@ def encode_prompts(
     rows = [row for chunks in chunked for row in (*chunks, *[[]] * (count - len(chunks)))]
 
     ids = torch.tensor([_padded(tokenizer, row, length) for row in rows], device=encoder.device)
+    if ids.max() >= encoder.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer does not belong to the text encoder: it gives token {int(ids.max())}, "
+            f"and the encoder knows {encoder.config.vocab_size}"
+        )
     if clip_skip:
         states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
         features = encoder.final_layer_norm(states[-(clip_skip + 1)])

@@ -142,7 +142,13 @@ class FolderSource(Source):
 
     def extras(self) -> dict[str, Any]:
         path = self.root / "triptych.json"
-        return read_json(path) if path.is_file() else {}
+        extras = read_json(path) if path.is_file() else {}
+        if not isinstance(extras.get("defaults", {}), dict) or not _is_linear_map(extras.get("latent_rgb")):
+            raise CheckpointError(
+                f"{path} cannot be used: defaults must be an object, and latent_rgb hold factors, "
+                "three numbers a channel, and bias, three numbers"
+            )
+        return extras
 
     def config_file(self, component: str) -> Path:
         return self.root / component / config_name(component)
@@ -457,10 +463,10 @@ def _resolve(
 
 
 def _on_disk(text: str, models_dir: Path | None) -> Path | None:
-    places = [Path(text).expanduser(), *([models_dir / text] if models_dir else [])]
     try:
+        places = [Path(text).expanduser(), *([models_dir / text] if models_dir else [])]
         return next((place.absolute() for place in places if place.exists()), None)
-    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a zero byte, an unknown user's home
         raise CheckpointError(f"checkpoint is {text[:80]!r}, which is no path") from error
 
 
@@ -488,6 +494,14 @@ def _hint(files: list[str], where: str = "") -> str:
     if not files:
         return ""
     return f", but {'paste the URL of' if where else 'name'} one of its single files: {', '.join(files[:4])}"
+
+
+def _is_linear_map(rgb: Any) -> bool:
+    """Whether this is what previews need, or nothing."""
+    if rgb is None:
+        return True
+    rows = [*rgb.get("factors", []), rgb.get("bias")] if isinstance(rgb, dict) else [None]
+    return all(isinstance(row, list) and [type(x) in (int, float) for x in row] == [True] * 3 for row in rows)
 
 
 def config_name(component: str) -> str:

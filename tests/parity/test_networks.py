@@ -163,6 +163,11 @@ def test_settings_that_are_not_built_are_refused_by_name(config: dict[str, Any],
         UNetConfig.from_dict(config)
 
 
+def test_scaling_by_nothing_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="scaling_factor is 0"):
+        AutoencoderConfig.from_dict({"scaling_factor": 0})
+
+
 def test_autoencoder_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(CheckpointError, match="AttnDownEncoderBlock2D"):
         AutoencoderConfig.from_dict({"down_block_types": ["AttnDownEncoderBlock2D"]})
@@ -178,6 +183,7 @@ def test_autoencoder_of_another_kind_is_refused_by_name() -> None:
         ({"cross_attention_dim": None}, "cross_attention_dim"),
         ({"attention_head_dim": ["8", "8", "8", "8"]}, "heads"),
         ({"down_block_types": None}, "down_block_types"),
+        ({"attention_head_dim": 7}, "320 cannot be split into 7 heads"),
     ],
 )
 def test_values_of_a_wrong_type_are_named(config: dict[str, Any], named: str) -> None:

@@ -30,7 +30,7 @@ def test_a_picture_and_its_row(tmp_path: Path) -> None:
     parameters = "a red house 赤い家\nSteps: 20, Seed: 7, Size: 256x256"
     path = gallery.save(PICTURE, parameters, FACTS)
     assert path.parent == tmp_path / "home" / "outputs" / time.strftime("%Y-%m-%d")
-    assert re.fullmatch(r"\d{6}-[0-9a-f]{24}\.png", path.name)
+    assert re.fullmatch(r"\d{9}-[0-9a-f]{24}\.png", path.name)
     with Image.open(path) as read:
         assert read.info["parameters"] == parameters
         assert read.tobytes() == PICTURE.tobytes()

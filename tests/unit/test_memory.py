@@ -65,7 +65,8 @@ def test_plan_says_when_nothing_fits() -> None:
         {"unet": 4 * GIB}, [("denoise", ["unet"], GIB)], hardware=Hardware.card(gib=4), precision="float16"
     )
     assert not plan.fits
-    assert "denoise needs 5.0 GiB" in plan.decisions[0]
+    assert "denoise needs 5.0 GiB, 4.0 GiB of it weights" in plan.decisions[0]
+    assert "weights alone are too large" in plan.decisions[0]
 
 
 def test_budget_is_capped_and_never_negative() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -152,3 +153,18 @@ def test_the_judge_tells_a_red_house_at_night_from_a_blue_one() -> None:
     assert (verdict.colour, verdict.subject, verdict.time) == ("red", "house", "night")
     blue = replace(RED_HOUSE_AT_NIGHT, colour="blue")
     assert not verdict.agrees(blue)["colour"]
+
+
+def test_where_no_place_is_said_the_subject_is_in_the_centre() -> None:
+    rng, places = random.Random(12), ("left", "right", "centre", "center", "middle")
+    for _ in range(1000):
+        scene = random_scene(rng)
+        if not any(word in caption(scene, rng) for word in places):
+            assert scene.place == "centre"
+
+
+def test_the_demo_knows_the_words_of_its_examples() -> None:
+    known = set(vocabulary())
+    settings = json.loads((judge.DEMO / "sd15" / "triptych.json").read_text(encoding="utf-8"))
+    for prompt in (*settings["examples"], *judge.SAMPLES):
+        assert set(prompt.replace(",", " ").replace("-", " ").split()) <= known, prompt

@@ -15,7 +15,7 @@ from torch import Tensor
 from backend.errors import CheckpointError, InvalidRequest
 from backend.sampling import catalog
 from backend.sampling.catalog import SAMPLER_INFO
-from backend.sampling.noise import Noise, image_seeds
+from backend.sampling.noise import Noise
 from backend.sampling.samplers import SAMPLERS, Sample, euler, heun, sample, unipc
 from backend.sampling.schedules import (
     ScheduleConfig,
@@ -74,10 +74,6 @@ def test_restored_noise_goes_on_from_there() -> None:
     other = Noise([8, 9], SHAPE)
     other.restore(state)
     assert torch.equal(other.draw(), expected)
-
-
-def test_seeds_wrap_at_32_bits() -> None:
-    assert image_seeds(2**32 - 1, 3) == [2**32 - 1, 0, 1]
 
 
 # Schedules

@@ -27,8 +27,10 @@ from backend import (
 from backend.events import Finished, Loading, Planned, Step, Waiting
 from backend.memory.hardware import GIB
 from backend.memory.plan import RESERVE_BYTES
+from backend.phases import Component
 from backend.sd15 import pipeline as sd15
 from backend.sd15.unet import UNet
+from backend.weights.source import FolderSource
 from tests.checkpoints import sd15_folder
 
 
@@ -194,7 +196,7 @@ def test_what_does_not_fit_is_refused_before_it_loads(folder: Path, tmp_path: Pa
     studio = Studio(Settings(device="cpu", dtype="float32", home=tmp_path, vram=0.51))
     events = studio.generate(request(folder, width=2048, height=2048))
     assert isinstance(next(events), Planned)
-    with pytest.raises(OutOfMemory, match="needs .* MiB, and 10 MiB is at hand"):
+    with pytest.raises(OutOfMemory, match="needs .* MiB of it weights, and 10 MiB is at hand"):
         next(events)
     assert not any(studio._manager.names())
 
@@ -247,6 +249,7 @@ def test_unet_of_nine_channels_is_refused_by_name(studio: Studio, tmp_path: Path
 
 def test_decoder_works_in_tiles_only_where_the_whole_does_not_fit(tmp_path: Path, folder: Path) -> None:
     studio = Studio(Settings(home=tmp_path))
+    assert len(studio.plan(request(folder), hardware=Hardware.card(gib=0.51)).decisions) == 1
     large = request(folder, width=2048, height=2048)
     whole = studio.plan(large, hardware=Hardware.card(gib=24))
     tiled = studio.plan(large, hardware=Hardware.card(gib=1.5))
@@ -306,3 +309,65 @@ def test_running_out_of_memory_is_said_and_survived(
         with pytest.raises(OutOfMemory, match="fewer images"):
             studio.run(request(folder))
     assert studio.run(request(folder)).images
+
+
+def test_describe_tells_the_defaults_of_any_checkpoint(studio: Studio, folder: Path, tmp_path: Path) -> None:
+    told = studio.describe("sd15", str(folder)).defaults
+    assert told == {"steps": 50, "guidance_scale": 7.5, "sampler": "pndm", "width": 64, "height": 64}
+    assert studio.describe("sd15", "demo").defaults["width"] == 128
+    assert studio.describe("sd15", "sd15").defaults["width"] == 512
+    euler = sd15_folder(tmp_path / "euler")
+    config = json.loads((euler / "scheduler" / "scheduler_config.json").read_text())
+    config["_class_name"] = "EulerDiscreteScheduler"
+    (euler / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert studio.describe("sd15", str(euler)).defaults["sampler"] == "euler"
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [{"defaults": [1]}, {"latent_rgb": {"factors": [[1, 2, 3]]}}, {"latent_rgb": [[1, 2, 3]]}],
+    ids=str,
+)
+def test_notes_of_a_checkpoint_are_checked(studio: Studio, tmp_path: Path, extras: dict[str, Any]) -> None:
+    wrong = sd15_folder(tmp_path / "wrong")
+    (wrong / "triptych.json").write_text(json.dumps(extras))
+    with pytest.raises(CheckpointError, match=r"triptych\.json cannot be used"):
+        studio.run(request(wrong))
+
+
+def test_tokenizer_of_another_model_is_told(studio: Studio, tmp_path: Path) -> None:
+    mixed = sd15_folder(tmp_path / "mixed")
+    vocabulary = mixed / "tokenizer" / "vocab.json"
+    ids = json.loads(vocabulary.read_text())
+    vocabulary.write_text(json.dumps({token: index + 5000 for token, index in ids.items()}))
+    for extra in ("tokenizer.json",):
+        (mixed / "tokenizer" / extra).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="does not belong"):
+        studio.run(request(mixed))
+
+
+def test_a_download_is_planned_again_by_what_came(
+    studio: Studio, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = Loading(component="unet", action="download", done_bytes=1, total_bytes=1)
+    monkeypatch.setattr(FolderSource, "fetch", lambda *_: iter([loading]))
+    plans = [event for event in studio.generate(request(folder)) if isinstance(event, Planned)]
+    assert len(plans) == 2
+
+
+def test_the_plan_can_be_asked_for_while_components_come_and_go(studio: Studio, folder: Path) -> None:
+    part = Component(name="unet", identity=0, bytes=1, load=object)
+    done = threading.Event()
+
+    def churn() -> None:
+        for identity in range(3000):
+            with studio._manager.use(replace(part, identity=identity)):
+                pass
+        done.set()
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    while not done.is_set():
+        assert studio._manager.bytes >= 0
+    thread.join()
+    assert studio._manager.bytes == 3000
