@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import app, machine
+from benchmarks import app, changes, machine
 from benchmarks.side import Job, forwards
 
 HERE = Path(__file__).parent
@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     size=options.size, steps=options.steps,
                 )  # fmt: skip
                 runs.append(run(job, cache=cache))
+    if "changes" in options.parts and device == "cpu":
+        for variant in changes.variants(options.size):
+            runs.append(changes.measure(variant))
+            print(shown(runs[-1]), flush=True)
     if "demo" in options.parts:
         job = Job(side="demo", checkpoint="demo", device=device, dtype="auto", size=0, steps=0)
         runs += [run(job) for _ in range(options.rounds)]
@@ -75,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="width and height in pixels")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
-    parser.add_argument("--parts", default="picture,demo,app", help="which of these to measure")
+    parser.add_argument("--parts", default="picture,changes,demo,app", help="which of these to measure")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the figures are kept")
     parser.add_argument("--smoke", action="store_true", help="a tiny checkpoint: does it run at all?")

@@ -26,6 +26,7 @@ class Variant:
     dtype: str = "float32"
     channels_last: bool = False
     huge_pages: bool = False
+    long_attention: bool = False  # by matrix products instead of torch's kernel
     size: int = 512  # pixels along a side
 
 
@@ -37,6 +38,10 @@ def variants(size: int) -> list[Variant]:
         Variant(
             name="bfloat16, channels last, huge pages",
             dtype="bfloat16", channels_last=True, huge_pages=True, size=size,
+        ),
+        Variant(
+            name="bfloat16, channels last, huge pages, long attention by products",
+            dtype="bfloat16", channels_last=True, huge_pages=True, long_attention=True, size=size,
         ),
     ]  # fmt: skip
 
@@ -56,10 +61,13 @@ def main() -> None:
     import torch
     from torch import nn
 
+    from backend.nn import layers
     from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
     from backend.sd15.unet import UNet, UNetConfig
     from benchmarks.checkpoint import UNET, VAE
 
+    if not variant.long_attention:
+        layers.LONG = sys.maxsize
     dtype = getattr(torch, variant.dtype)
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
 
