@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from backend import Settings, Studio
 from backend.errors import InvalidRequest, TriptychError
+from backend.memory.hardware import Hardware
 from backend.requests import DTYPES
 from backend.settings import DEVICES
 
@@ -43,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     copies = tempfile.mkdtemp(prefix="triptych-")  # Gradio's copies of what it serves; its default is shared
     os.environ["GRADIO_TEMP_DIR"] = copies
     try:
+        check_device(settings)
         serve(settings)
-    except TriptychError as error:  # a demo checkpoint that is missing or damaged
+    except TriptychError as error:  # no such device; a demo checkpoint that is missing or damaged
         print(f"triptych: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Settings from flags over environment variables; a value that cannot be ends the program with code 2."""
     parser = _parser()
+    if "SPACE_ID" in environment:  # a hosted Space reaches the app from outside its container
+        parser.set_defaults(host="0.0.0.0")
     for field in dataclasses.fields(Settings):
         text = environment.get(PREFIX + field.name.upper())
         if text is not None:
@@ -107,6 +111,12 @@ def check_port(settings: Settings) -> None:
                 file=sys.stderr,
             )
             raise SystemExit(1) from None
+
+
+def check_device(settings: Settings) -> None:
+    """Raise InvalidRequest for a device that is not here. Looking imports torch: only for one asked for."""
+    if settings.device not in ("auto", "cpu"):
+        Hardware.detect(settings.device)
 
 
 def probe(host: str, port: int) -> int:

@@ -37,6 +37,13 @@ def test_each_flag_is_a_variable_and_the_flag_wins() -> None:
     )
 
 
+def test_a_hosted_space_listens_everywhere_unless_told() -> None:
+    assert parse([], {"SPACE_ID": "me/triptych"}).host == "0.0.0.0"
+    assert parse([], {"SPACE_ID": "me/triptych", "TRIPTYCH_HOST": "127.0.0.2"}).host == "127.0.0.2"
+    assert parse(["--host", "127.0.0.3"], {"SPACE_ID": "me/triptych"}).host == "127.0.0.3"
+    assert parse([], {}).host == "127.0.0.1"
+
+
 @pytest.mark.parametrize(
     ("flags", "variables", "message"),
     [
@@ -64,14 +71,23 @@ def test_bad_values_end_with_one_line(
 
 def test_a_busy_port_is_told(server: Server, tmp_path: Path) -> None:
     port = server.url.rsplit(":", 1)[1].strip("/")
-    command = [sys.executable, "app.py", "--port", port]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, check=False
-    )
+    said = refusal(tmp_path, "--port", port)
+    assert f"port {port}" in said
+    assert "--port" in said
+
+
+def test_a_device_that_is_not_here_is_told(tmp_path: Path) -> None:
+    said = refusal(tmp_path, "--port", "0", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert "device is 'cuda', which this machine lacks" in said
+
+
+def refusal(folder: Path, *flags: str, **extra: str) -> str:
+    """The one line that the program ends with."""
+    command, variables = [sys.executable, "app.py", *flags], environment(folder, **extra)
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert f"port {port}" in ended.stderr
-    assert "--port" in ended.stderr
     assert ended.stderr.count("\n") == 1
+    return ended.stderr
 
 
 def test_the_page_does_not_import_torch() -> None:
