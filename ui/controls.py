@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,17 +44,19 @@ class Controls:
 
 
 def _seed(text: str | None) -> Any:
-    """An empty field is a random seed; what is no number goes on as it is, and the request names it."""
+    """An empty field is a random seed; what is no number goes on as text, and the request names it."""
     text = (text or "").strip()
-    return int(text) if text.removeprefix("-").isdecimal() else text or -1
+    if re.fullmatch(r"-?\d{1,20}", text):
+        return int(text)
+    return (text if len(text) <= 20 else f"{text[:20]}…") or -1
 
 
 def fit(shape: str, native: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The width and height of a shape with the checkpoint's native area, in its multiple."""
+    """The width and height of a shape with the checkpoint's native area, in its multiple, 64 at least."""
     ratio = SHAPES[shape]
     side = math.sqrt(native[0] * native[1])
     width, height = side * math.sqrt(ratio), side / math.sqrt(ratio)
-    return round(width / multiple) * multiple, round(height / multiple) * multiple
+    return max(64, round(width / multiple) * multiple), max(64, round(height / multiple) * multiple)
 
 
 def prompts() -> dict[str, gr.components.Component]:

@@ -15,7 +15,7 @@ import gradio as gr
 from gradio.data_classes import FileData
 
 from backend import Studio
-from backend.errors import InvalidRequest, StorageError, TriptychError
+from backend.errors import Cancelled, InvalidRequest, StorageError, TriptychError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
 from backend.requests import REQUESTS, Request
 from ui import render
@@ -48,19 +48,30 @@ def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Requ
     """The handler of the Generate button: values of the controls in, updates of the easel out."""
     outputs = jobs.studio.settings.home / "outputs"
 
-    async def paint(*values: Any) -> AsyncIterator[Update]:
+    async def paint(page: gr.Request, *values: Any) -> AsyncIterator[Update]:
         try:
             yield {easel.status: render.starting("Starting…")}
             request = request_of(values)
-            async with aclosing(jobs.events(request)) as events:
+            async with aclosing(jobs.events(request, page.session_hash)) as events:
                 async for event in events:
                     yield _shown(event, easel, outputs)
+        except Cancelled:
+            yield {easel.status: render.stopped()}
         except Exception as error:
             text = explain(error)
             yield _failed(error, text, easel)
             raise gr.Error(escape(text), title="Not painted", print_exception=False) from error
 
     return paint
+
+
+def stopper(jobs: Jobs) -> Callable[..., Any]:
+    """The last of the Stop button: ends what Gradio's cancel missed, waits until no job of the page runs."""
+
+    async def stop(page: gr.Request) -> None:
+        await jobs.stop(page.session_hash or "")
+
+    return stop
 
 
 def _shown(event: Event | None, easel: Easel, outputs: Path) -> Update:
@@ -114,7 +125,7 @@ def endpoint(jobs: Jobs, family: type[Request]) -> Callable[..., Any]:
     """
 
     async def serve(*values: Any) -> AsyncIterator[tuple[list[Json], Json]]:
-        progress = _progress("waiting")
+        progress = _progress("starting")
         try:
             request = build(family, dict(zip(parameters, values, strict=True)))
             async with aclosing(jobs.events(request)) as events:
@@ -150,6 +161,14 @@ def build(family: type[Request], values: Mapping[str, Any]) -> Request:
     given: dict[str, Any] = {name: _frozen(value) for name, value in values.items()}
     given["config_from"] = given.get("config_from") or None
     return family(**given)
+
+
+def build_shown(family: type[Request], values: Mapping[str, Any]) -> Request:
+    """A request from a page's values; an erased size is no wish for a default that is not shown."""
+    for name in ("width", "height"):
+        if values[name] is None:
+            raise InvalidRequest(f"{name} is empty; give it in pixels, or choose a shape")
+    return build(family, values)
 
 
 def _frozen(value: Any) -> Any:
@@ -203,7 +222,7 @@ def planner(studio: Studio) -> Callable[[str, Json], Json]:
 
 
 def _unbuilt(family: Any, values: Any) -> Request:
-    if family not in REQUESTS:
+    if not isinstance(family, str) or family not in REQUESTS:
         raise InvalidRequest(f"family is {family!r}; it can be {', '.join(REQUESTS)}")
     if not isinstance(values, dict):
         raise InvalidRequest(f"request is {values!r}; it must be an object of request fields")
@@ -219,7 +238,7 @@ def plan_in_words(studio: Studio, family: type[Request], names: Sequence[str]) -
 
     def words(*values: Any) -> str:
         try:
-            request = build(family, dict(zip(names, values, strict=True)))
+            request = build_shown(family, dict(zip(names, values, strict=True)))
             return render.plan(studio.plan(request).to_dict())
         except Exception as error:  # noqa: BLE001 (explained on the page, or logged)
             return render.no_plan(explain(error))

@@ -26,10 +26,13 @@ class Jobs:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self._running: WeakKeyDictionary[threading.Thread, threading.Event] = WeakKeyDictionary()
+        self._running: WeakKeyDictionary[threading.Thread, tuple[threading.Event, str | None]]
+        self._running = WeakKeyDictionary()
 
-    async def events(self, request: Request) -> AsyncGenerator[Event | None]:
+    async def events(self, request: Request, session: str | None = None) -> AsyncGenerator[Event | None]:
         """Yield the request's events, and None when nothing came for a tick; closing it stops the job.
+
+        So does `stop` with the session, the page that asked.
 
         Of several steps that came since the last look, only the newest is passed on: a slow client sees fewer
         previews and never holds the device up. Raises what `Studio.generate` raises.
@@ -37,7 +40,7 @@ class Jobs:
         box = _Box(asyncio.get_running_loop())
         stop = threading.Event()
         thread = threading.Thread(target=self._work, args=(request, stop, box), daemon=True, name="job")
-        self._running[thread] = stop
+        self._running[thread] = stop, session
         thread.start()
         try:
             while not box.closed:
@@ -57,10 +60,18 @@ class Jobs:
             error = caught
         box.close(error)
 
+    async def stop(self, session: str) -> None:
+        """Stop the jobs of a page and wait until they have ended."""
+        threads = [thread for thread, (_, whose) in self._running.items() if whose == session]
+        for thread in threads:
+            self._running[thread][0].set()
+        while any(thread.is_alive() for thread in threads):
+            await asyncio.sleep(0.05)
+
     def close(self, timeout: float = 5.0) -> None:
         """Stop every running job and wait for its thread."""
         running = list(self._running.items())
-        for _, stop in running:
+        for _, (stop, _) in running:
             stop.set()
         for thread, _ in running:
             thread.join(timeout / len(running))

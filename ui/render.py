@@ -20,7 +20,7 @@ from backend.events import Loading, Result, Step
 
 PHASES = {"encode": "Reading the prompt", "denoise": "Painting", "decode": "Developing"}
 COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
-BUSY = 'data-state="busy"'  # in every progress line of something that runs
+BUSY, IDLE = 'data-state="busy"', 'data-state="idle"'  # of the progress line, and of the canvas
 QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
 
 LOGO = """
@@ -216,8 +216,8 @@ def vocabulary(words: Mapping[str, Sequence[str]]) -> str:
 
 
 def licence(title: str, text: str) -> str:
-    terms = f" Licence of its weights: {escape(text)}." if text else ""
-    return f'<div class="note"><p><b>{escape(title)}</b>.{terms}</p></div>'
+    terms = f"Licence of its weights: {escape(text)}." if text else "Licence unknown: see where it came from."
+    return f'<div class="note"><p><b>{escape(title)}</b>. {terms}</p></div>'
 
 
 def problem(text: str) -> str:

@@ -22,7 +22,11 @@ DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 EXAMPLES = 4  # shown at once
 STARTING = f"() => {json.dumps(render.starting())}"
-STOPPED = f"(shown) => shown.includes({json.dumps(render.BUSY)}) ? {json.dumps(render.stopped())} : shown"
+WAIT = "() => new Promise((done) => setTimeout(done, 500))"
+LAST = json.dumps(render.starting("Stopping…"))
+STOPPING = f"(shown) => shown.includes({json.dumps(render.BUSY)}) ? {LAST} : shown"
+STOPPED = f"(shown) => shown === {LAST} ? {json.dumps(render.stopped())} : shown"
+AT_REST = f"(shown) => shown.replace({json.dumps(render.BUSY)}, {json.dumps(render.IDLE)})"  # preview stays
 PLANNED_BY = ("checkpoint", "config_from", "width", "height", "num_images", "dtype")
 
 
@@ -128,7 +132,7 @@ class Sheet:
         self._connect_plan()
 
     def _connect_painting(self, buttons: Buttons) -> None:
-        status = self.easel.status
+        status, canvas = self.easel.status, self.easel.canvas
         buttons.generate.click(None, None, status, js=STARTING, **QUIET)
         run = buttons.generate.click(
             handlers.painter(self.jobs, self.easel, self.request),
@@ -139,10 +143,14 @@ class Sheet:
             api_visibility="private",
             **DEVICE,
         )
-        stopped = buttons.stop.click(None, status, status, js=STOPPED, cancels=[run], **QUIET)
+        stopping = buttons.stop.click(None, status, status, js=STOPPING, cancels=[run], **QUIET)
         # Once more when whatever was on its way has arrived: it would stand there for good.
-        arrived = stopped.then(None, js="() => new Promise((done) => setTimeout(done, 500))", **QUIET)
-        arrived.then(None, status, status, js=STOPPED, **QUIET)
+        arrived = stopping.then(None, js=WAIT, **QUIET)
+        again = arrived.then(None, status, status, js=STOPPING, cancels=[run], **QUIET)
+        # Gradio forgets a run that it cancels before the server named it, and that one goes on: ours ends it.
+        ended = again.then(handlers.stopper(self.jobs), **QUIET)
+        ended.then(None, status, status, js=STOPPED, **QUIET)
+        ended.then(None, canvas, canvas, js=AT_REST, **QUIET)
 
     def _connect_reuse(self, buttons: Buttons) -> None:
         last, seed = self.easel.last, self._field("seed")
@@ -181,7 +189,7 @@ class Sheet:
 
     def request(self, values: Sequence[Any]) -> Request:
         """The request that the controls' values ask for."""
-        return handlers.build(self.family, self.controls.fields(values))
+        return handlers.build_shown(self.family, self.controls.fields(values))
 
     def fit(self, shape: str, checkpoint: str, width: int, height: int) -> tuple[int, int]:
         """The size of a shape; the size as it is for a custom one, or a checkpoint that is not known."""
@@ -210,7 +218,8 @@ class Sheet:
 
     def _native(self, checkpoint: str) -> tuple[int, int] | None:
         info, _ = self._describe(checkpoint)
-        return (info.defaults["width"], info.defaults["height"]) if info else None
+        width, height = (info.defaults.get(side) if info else None for side in ("width", "height"))
+        return (width, height) if width and height else None
 
     def _describe(self, checkpoint: str) -> tuple[CheckpointInfo | None, tuple[str, str]]:
         """What is known of a checkpoint, and the examples and the note of it; a note of what is wrong."""

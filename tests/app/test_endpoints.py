@@ -41,6 +41,7 @@ def test_a_picture_and_what_is_said_of_it(server: Server, client: Client) -> Non
     *progress, (files, facts) = list(job)
     assert all(not pictures for pictures, _ in progress)
     told = [said for _, said in progress]
+    assert "waiting" not in {said["phase"] for said in told}
     assert all(set(said) == {"phase", "step", "steps", "eta_s"} for said in told)
     denoising = [(said["step"], said["steps"]) for said in told if said["phase"] == "denoise"]
     assert denoising[-1] == (4, 4)
@@ -205,12 +206,13 @@ def test_nan_guidance_by_plain_http(server: Server, client: Client) -> None:
     ("family", "request_fields", "message"),
     [
         ("sd9", {}, "family is 'sd9'; it can be sd15"),
+        (["sd15"], {}, r"family is \['sd15'\]; it can be sd15"),
         ("sd15", {"stepz": 3}, "request has no field 'stepz'"),
         ("sd15", {"steps": 0}, "steps is 0"),
         ("sd15", [], "must be an object"),
     ],
 )
-def test_bad_plans(client: Client, family: str, request_fields: Any, message: str) -> None:
+def test_bad_plans(client: Client, family: Any, request_fields: Any, message: str) -> None:
     with pytest.raises(AppError, match=message):
         client.predict(family, request_fields, api_name="/plan")
 

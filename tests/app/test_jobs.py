@@ -67,7 +67,7 @@ async def painted(jobs: Jobs, on: Easel) -> tuple[list[dict[Any, Any]], Exceptio
     updates: list[dict[Any, Any]] = []
     handler = painter(jobs, on, lambda _: SD15Request())
     try:
-        async for update in handler():
+        async for update in handler(gr.Request(session_hash="page")):
             updates.append(update)  # noqa: PERF401 (what came before the error counts)
     except gr.Error as error:
         return updates, error
@@ -118,6 +118,24 @@ def test_closing_stops_whatever_runs() -> None:
     with pytest.raises(Cancelled):
         asyncio.run(run())
     assert studio.ended.is_set()
+
+
+def test_a_page_stops_its_own_jobs_alone() -> None:
+    jobs, studio = jobs_of(endless)
+
+    async def run() -> tuple[list[dict[Any, Any]], Exception | None]:
+        work = asyncio.create_task(painted(jobs, on))
+        await asyncio.sleep(0.1)
+        await jobs.stop("another page")
+        assert not studio.ended.is_set()
+        await jobs.stop("page")
+        assert studio.ended.is_set()
+        return await work
+
+    on = easel()
+    updates, error = asyncio.run(run())
+    assert error is None
+    assert updates[-1] == {on.status: render.stopped()}
 
 
 def test_an_error_of_ours_reaches_the_page_and_leaves_the_picture() -> None:
