@@ -46,7 +46,7 @@ SCORE_SEED = 20_000
 SAMPLES = [
     *(f"a red {subject} on green hills at noon, sun" for subject in SUBJECTS),
     *(f"a {colour} house in snowy mountains at dawn" for colour in COLOURS),
-    "a white hot-air balloon over sand dunes at sunset",
+    "a white hot-air balloon in front of sand dunes at sunset",
     *(
         f"a yellow sailboat on a calm sea at {time} on the {place}"
         for time in TIMES

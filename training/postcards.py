@@ -23,6 +23,7 @@ SIZE = 128
 OVERSAMPLE = 4
 HORIZON = 76
 WORDS_LEFT_OUT = 0.15
+CENTRE_UNSAID = 0.6
 HELD_OUT_PERCENT = 8
 
 Colour = tuple[int, int, int]
@@ -156,7 +157,9 @@ def caption(scene: Scene, rng: random.Random, *, left_out: float = WORDS_LEFT_OU
 
     noun = " ".join([say(scene.colour)] * said() + ([say(scene.subject)] if said() else ["scene"]))
     subject = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-    place = say(scene.place) if said() else ""
+    # Where nothing is said, the subject is in the centre: between three places a model hedges and paints two.
+    unsaid = scene.place == "centre" and left_out > 0 and rng.random() < CENTRE_UNSAID
+    place = "" if unsaid else say(scene.place)
     land_words = say(scene.land)
     land = land_words if said() else ""
     on_land = f"{rng.choice(LAND_PREPOSITIONS[scene.land])} {_the(land, rng)}" if land else ""

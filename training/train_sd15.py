@@ -103,16 +103,16 @@ EXAMPLES = [
     "a red lighthouse on green hills at sunset",
     "a blue house in snowy mountains at night, full moon",
     "a white sailboat on a calm sea at noon, sun, a few clouds",
-    "a purple hot-air balloon on the left, over sand dunes at dawn",
+    "a purple hot-air balloon on the left, in front of sand dunes at dawn",
     "a yellow castle by the sea in the centre, at night, starry sky",
     "an orange tent in snowy mountains on the right, at sunset",
     "a green windmill on green hills at noon, clear sky",
 ]
 
 VAE_RECIPE = Recipe(steps=6400, learning_rate=2e-3, average=0.997, seed=SEED)
-DECODER_RECIPE = Recipe(steps=2400, learning_rate=1e-3, average=0.998, seed=SEED + 1)
+DECODER_RECIPE = Recipe(steps=1000, learning_rate=8e-4, average=0.995, seed=SEED + 1)
 TEXT_RECIPE = Recipe(steps=400, learning_rate=1e-3, warmup=50, seed=SEED)
-UNET_RECIPE = Recipe(steps=7500, learning_rate=1.3e-3, warmup=200, average=0.998, seed=SEED, save_every=250)
+UNET_RECIPE = Recipe(steps=8500, learning_rate=1.3e-3, warmup=200, average=0.998, seed=SEED, save_every=250)
 BATCH = 24  # in each of two processes
 CAPTION_DROPOUT = 0.1
 SNR_CAP = 5.0
