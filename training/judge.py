@@ -79,10 +79,10 @@ network (`judge.safetensors`) that is itself right about all six on more than 99
 
 `python -m training.judge score` repeats this; `python -m training.train_sd15` trains.
 
-The Stable Diffusion 1.5 weights come of a training that was mended on the way: the autoencoder's loss, the UNet's
-weighting and the captions reached their present form while it ran, so the recipe in the code, run from scratch,
-has more of each than the shipped weights had. What is still soft: mountain ridges, pine trees and subjects at
-night, where the autoencoder (30 dB) loses edges; a longer training of it would sharpen them.
+The Stable Diffusion 1.5 weights come of a training that was mended on the way: the loss of the autoencoder,
+the weighting of the UNet and the captions reached their present form while it ran. The recipe in the code has
+not been run from scratch in one go. What is still soft: mountain ridges, pine trees and subjects at night,
+where the autoencoder (about 30 dB on training pictures) loses edges; longer training should sharpen them.
 
 {sheets}"""
 COUNTS = [len(values) for values in ATTRIBUTES.values()]
