@@ -20,7 +20,7 @@ from backend.errors import Cancelled, InvalidRequest, OutOfMemory, StorageError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
 from backend.gallery import Gallery
 from backend.manager import Manager
-from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes, use_huge_pages
+from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes
 from backend.memory.plan import Plan, budget_bytes, make_plan
 from backend.phases import Phase, PhaseCache, Pipeline, Progress
 from backend.requests import MAX_SEED, Request, SD15Request
@@ -63,7 +63,6 @@ class Studio:
         self._hardware = hardware
         self._manager = Manager()
         self._cache = PhaseCache()
-        use_huge_pages()
         # no RLock: a closed generator may release it from another thread
         self._device_lock = threading.Lock()
 

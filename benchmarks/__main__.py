@@ -150,7 +150,7 @@ def _figures(runs: list[Run]) -> dict[str, float]:
                 cached = "cache" in one and key in ("load_s", "ready_s")
                 samples.setdefault(f"{key}_{one['cache']}" if cached else key, []).append(value)
     figures = {key: median(values) for key, values in samples.items()}
-    if "step_s" in figures:
+    if "around_steps_s" in figures:
         # a picture at the published number of steps, from the parts measured
         whole = figures["around_steps_s"] + forwards(PUBLISHED_STEPS) * figures["step_s"]
         figures[f"picture_{PUBLISHED_STEPS}_steps_s"] = whole

@@ -83,15 +83,6 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def use_huge_pages() -> None:
-    """Have torch ask Linux for 2 MiB pages; counts only before torch allocates its first large tensor.
-
-    Every large activation is a fresh mapping, and one of 134 MB takes 33,000 faults of 4 KiB: a SiLU of the
-    decoder at 512² took 241 ms without this and 30 ms with it.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def ram_bytes(
     meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -14,7 +12,6 @@ from backend.errors import CheckpointError
 
 M = TypeVar("M", bound=nn.Module)
 
-HUGE_PAGE = 2 * 2**20  # bytes: from here on torch's allocator may use huge pages
 LISTED = 4  # keys that an error names before it only counts
 
 
@@ -87,25 +84,7 @@ def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: 
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Tensor:
-    fits = tensor.dtype == dtype and tensor.is_contiguous(memory_format=layout)
-    large = tensor.numel() * dtype.itemsize >= HUGE_PAGE
-    if sys.platform == "linux" and device.type == "cpu" and large and not fits:
-        return _small_pages(tensor.shape, dtype, layout).copy_(tensor)
     return tensor.to(device=device, dtype=dtype, memory_format=layout)
-
-
-def _small_pages(shape: torch.Size, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    """Memory for a weight, past torch's allocator, which may have been told to use huge pages.
-
-    Those pay for activations, which come and go in the same place. Weights touch fresh memory once: filling
-    2 GB took 3.6 s of system time in huge pages (a virtual machine's host has to find them) and 0.8 s so.
-    """
-    memory = mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    flat = torch.frombuffer(memory, dtype=dtype, count=shape.numel())
-    if layout == torch.channels_last:
-        batch, channels, height, width = shape
-        return flat.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return flat.view(shape)
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
