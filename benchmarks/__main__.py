@@ -7,6 +7,7 @@ ones. Figures are medians over the rounds; ratios are the reference's over ours,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import app, changes, machine
-from benchmarks.side import Job, forwards
+from benchmarks.side import FEW_PIXELS, Job, forwards
 
 HERE = Path(__file__).parent
 PUBLISHED_STEPS = 50
@@ -34,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{here['processor']}, {here['cores']} cores, {here['accelerator'] or 'no GPU'}", flush=True)
 
     runs: list[Run] = []
+    half = "bfloat16" if device == "cpu" else "float16"
     if "picture" in options.parts:
         folder = checkpoint(options)
-        half = "bfloat16" if device == "cpu" else "float16"
         sides = [("ours", "auto"), ("reference", "float32"), ("reference", half)]
         for number in range(options.rounds):
             cache = ("cold", "warm")[number % 2]
@@ -47,6 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     size=options.size, steps=options.steps,
                 )  # fmt: skip
                 runs.append(run(job, cache=cache))
+    if "load" in options.parts:
+        folder = checkpoint(options)
+        for number, dtype in itertools.product(range(2 * options.rounds), ("float32", half)):
+            cache = ("warm", "cold")[number % 2]
+            for side in ("ours", "reference") if number // 2 % 2 else ("reference", "ours"):
+                (machine.cool if cache == "cold" else machine.warm)(folder)
+                job = Job(
+                    side=side, checkpoint=str(folder), device=device, dtype=dtype, size=FEW_PIXELS, steps=2
+                )
+                figures = run(job, cache=cache)
+                kept_keys = ("dtype", "cache", "load_s", "ready_s", "load_peak_bytes")
+                runs.append({"side": f"load, {side}", **{key: figures[key] for key in kept_keys}})
     if "changes" in options.parts and device == "cpu":
         for variant in changes.variants(options.size):
             runs.append(changes.measure(variant))
@@ -79,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="width and height in pixels")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
-    parser.add_argument("--parts", default="picture,changes,demo,app", help="which of these to measure")
+    parser.add_argument("--parts", default="picture,load,changes,demo,app", help="which of these to measure")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the figures are kept")
     parser.add_argument("--smoke", action="store_true", help="a tiny checkpoint: does it run at all?")
@@ -130,13 +143,18 @@ def summary(runs: Iterable[Run]) -> dict[str, dict[str, dict[str, float]]]:
     for one in runs:
         by_side.setdefault(f"{one['side']} {one.get('dtype', '')}".strip(), []).append(one)
     sides = {name: _figures(own) for name, own in by_side.items()}
-    best = sides.get("ours auto", {})
     ratios = {
         f"{name} / ours": {
             key: round(value / best[key], 3) for key, value in figures.items() if best.get(key)
         }
         for name, figures in sides.items()
-        if name.startswith("reference")
+        # a picture against what ours does by default, a load against ours at the same precision
+        if "reference" in name
+        and (
+            best := sides.get(
+                "ours auto" if name.startswith("reference") else name.replace("reference", "ours")
+            )
+        )
     }
     return {"sides": sides, "ratios": ratios}
 

@@ -37,6 +37,7 @@ def texts(files: list[str]) -> list[str]:
 
 
 def test_a_picture_and_what_is_said_of_it(server: Server, client: Client) -> None:
+    paint(client)  # the first may have to wait: the server loads the demo beforehand
     job = client.submit(**QUICK | {"steps": 4, "seed": 7, "num_images": 2}, api_name="/sd15")
     *progress, (files, facts) = list(job)
     assert all(not pictures for pictures, _ in progress)
