@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": here,
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {
+            name: str(value) for name, value in vars(options).items() if name not in ("cache", "out")
+        },
         "summary": summary(runs),
         "runs": runs,
     }
