@@ -104,11 +104,9 @@ def pipeline(
     vae_config = AutoencoderConfig.from_dict(source.config("vae"))
     schedule = ScheduleConfig.from_dict(source.config("scheduler"))
     if unet_config.in_channels != vae_config.latent_channels:
-        kind = {9: "an inpainting", 8: "an edit (picture-to-picture)", 5: "a depth"}.get(
-            unet_config.in_channels, "a"
-        )
+        # the kinds that are known by their channels were refused by name when the config was read
         raise CheckpointError(
-            f"{source.name} is {kind} UNet with {unet_config.in_channels} input channels; "
+            f"{source.name} has a UNet with {unet_config.in_channels} input channels; "
             f"text to image takes {vae_config.latent_channels}"
         )
     precision = _name(dtype)

@@ -12,24 +12,9 @@ import torch
 
 from backend import SD15Request, Settings, Studio
 from tests.checkpoints import sd15_folder, sd15_single_file
+from tests.schedulers import REFERENCE
 
 PROMPT, NEGATIVE = "a red house on green hills", "night"
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pndm": ("PNDMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpmpp_2m_sde_karras": (
-        "DPMSolverMultistepScheduler",
-        {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
 
 V_PREDICTION = {"prediction_type": "v_prediction"}
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -60,7 +45,7 @@ def reference(folder: Path, sampler: str, seeds: list[int], **call: Any) -> np.n
     pipe.set_progress_bar_config(disable=True)
     # the reference's clip_skip looks for an attribute that transformers 5 dropped
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
-    name, extra = SCHEDULERS[sampler]
+    name, extra = REFERENCE[sampler]
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **extra)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     out: Any = pipe(num_images_per_prompt=len(seeds), generator=generators, output_type="np", **call)
@@ -85,7 +70,7 @@ def assert_same(a: np.ndarray, b: np.ndarray) -> None:
     assert np.abs(a - b).max() <= 1.0  # of 255; ours are rounded
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", REFERENCE)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_every_sampler(studio: Studio, folders: dict[str, Path], checkpoint: str, sampler: str) -> None:
     call = {

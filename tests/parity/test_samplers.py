@@ -15,22 +15,10 @@ from torch import Tensor
 from backend.sampling.noise import Noise
 from backend.sampling.samplers import SAMPLERS, sample
 from backend.sampling.schedules import ScheduleConfig, lcm_timesteps, sigma_schedule, spaced_timesteps
+from tests.schedulers import REFERENCE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*__array.*")  # the reference with numpy 2
 
-KARRAS = {"use_karras_sigmas": True}
-REFERENCE: dict[str, tuple[str, dict[str, Any]]] = {
-    "pndm": ("PNDMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", KARRAS),
-    "dpmpp_2m_sde_karras": ("DPMSolverMultistepScheduler", {**KARRAS, "algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
 STOCHASTIC = {"euler_ancestral", "dpmpp_2m_sde_karras", "lcm"}
 
 SD15 = {  # as published
