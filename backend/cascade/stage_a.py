@@ -1,0 +1,144 @@
+"""Stage A of Stable Cascade: the autoencoder between pixels and Stage B's latents, a quarter of their side.
+
+Source: Rampas et al., A Novel Sampling Scheme for Text- and Image-Conditional Image Synthesis in Quantized
+Latent Spaces ("Paella", arXiv:2211.07292); settings and module names as in the published `vqgan/config.json`
+and the weights beside it.
+
+Letters: B batch, C channels, H W pixels, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backend.nn.configs import read_config
+
+# The hidden features of a slice of the picture should stay in the processor's cache: 4096 pixels of 1536
+# features in bf16 are 12 MB.
+SLICE_PIXELS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageAConfig:
+    """`scale_factor` takes Stage B's latents to those that this network speaks."""
+
+    in_channels: int
+    out_channels: int
+    up_down_scale_factor: int
+    levels: int
+    bottleneck_blocks: int
+    embed_dim: int
+    latent_channels: int
+    num_vq_embeddings: int
+    scale_factor: float
+
+    @classmethod
+    def from_dict(cls, published: Mapping[str, Any]) -> StageAConfig:
+        """Read a published `vqgan/config.json`. Raises CheckpointError for values of a wrong type."""
+        config: dict[str, Any] = {
+            "in_channels": 3,
+            "out_channels": 3,
+            "up_down_scale_factor": 2,
+            "levels": 2,
+            "bottleneck_blocks": 12,
+            "embed_dim": 384,
+            "latent_channels": 4,
+            "num_vq_embeddings": 8192,
+            "scale_factor": 0.3764,
+            **published,
+        }
+        return read_config(cls, "Stage A", config)
+
+    @property
+    def scale(self) -> int:
+        """Pixels to a latent pixel, along a side."""
+        return self.up_down_scale_factor * 2 ** (self.levels - 1)
+
+
+class Depthwise(nn.Sequential):
+    """A 3×3 convolution of each channel by itself, edges continued outwards."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.ReplicationPad2d(1), nn.Conv2d(channels, channels, 3, groups=channels))
+
+
+class MixingBlock(nn.Module):
+    """A depthwise convolution and two linear layers, each with a learned share in the sum.
+
+    (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.depthwise = Depthwise(channels)
+        self.channelwise = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
+        self.gammas = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale_1, shift_1, share_1, scale_2, shift_2, share_2 = self.gammas
+        x = x + self.depthwise(_normalised(x, scale_1, shift_1)) * share_1
+        h = _normalised(x, scale_2, shift_2).permute(0, 2, 3, 1)  # (B, H, W, C)
+        return x + self.channelwise(h).permute(0, 3, 1, 2) * share_2
+
+
+class Codebook(nn.Module):
+    """The vectors that a picture's tokens stand for. Latents are decoded as they are, so nothing reads them;
+    they are part of the published weights."""
+
+    def __init__(self, entries: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(entries, channels)
+
+
+class StageA(nn.Module):
+    def __init__(self, config: StageAConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.embed_dim // 2**level for level in reversed(range(config.levels))]  # outermost first
+        pixels = config.up_down_scale_factor**2
+        self.in_block = nn.Sequential(
+            nn.PixelUnshuffle(config.up_down_scale_factor),
+            nn.Conv2d(config.in_channels * pixels, widths[0], 1),
+        )
+        down: list[nn.Module] = [MixingBlock(widths[0])]
+        for before, after in zip(widths, widths[1:], strict=False):
+            down += [nn.Conv2d(before, after, 4, stride=2, padding=1), MixingBlock(after)]
+        self.down_blocks = nn.Sequential(
+            *down,
+            nn.Sequential(
+                nn.Conv2d(widths[-1], config.latent_channels, 1, bias=False),
+                nn.BatchNorm2d(config.latent_channels),
+            ),
+        )
+        self.vquantizer = Codebook(config.num_vq_embeddings, config.latent_channels)
+        up: list[nn.Module] = [nn.Sequential(nn.Conv2d(config.latent_channels, widths[-1], 1))]
+        up += [MixingBlock(widths[-1]) for _ in range(config.bottleneck_blocks)]
+        for after, before in reversed(list(zip(widths, widths[1:], strict=False))):
+            up += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), MixingBlock(after)]
+        self.up_blocks = nn.Sequential(*up)
+        self.out_block = nn.Sequential(
+            nn.Conv2d(widths[0], config.out_channels * pixels, 1),
+            nn.PixelShuffle(config.up_down_scale_factor),
+        )
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] → latents (B, 4, H / 4, W / 4) as this network speaks them."""
+        return self.down_blocks(self.in_block(pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, 4, h, w) as this network speaks them → pixels (B, 3, 4·h, 4·w) around [0, 1]."""
+        return self.out_block(self.up_blocks(latents))
+
+
+def _normalised(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Each pixel's channels to mean 0 and variance 1, then scaled and shifted by a number each."""
+    h = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6)
+    return (h * (1 + scale) + shift).permute(0, 3, 1, 2)
