@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class StageA(nn.Module):
             nn.Conv2d(config.in_channels * pixels, widths[0], 1),
         )
         down: list[nn.Module] = [MixingBlock(widths[0])]
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             down += [nn.Conv2d(before, after, 4, stride=2, padding=1), MixingBlock(after)]
         self.down_blocks = nn.Sequential(
             *down,
@@ -121,7 +122,7 @@ class StageA(nn.Module):
         self.vquantizer = Codebook(config.num_vq_embeddings, config.latent_channels)
         up: list[nn.Module] = [nn.Sequential(nn.Conv2d(config.latent_channels, widths[-1], 1))]
         up += [MixingBlock(widths[-1]) for _ in range(config.bottleneck_blocks)]
-        for after, before in reversed(list(zip(widths, widths[1:], strict=False))):
+        for after, before in reversed(list(pairwise(widths))):
             up += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), MixingBlock(after)]
         self.up_blocks = nn.Sequential(*up)
         self.out_block = nn.Sequential(

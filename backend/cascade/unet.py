@@ -137,7 +137,8 @@ def _check(config: UNetConfig) -> None:
     ):
         if ATTENTION in kinds and (heads < 1 or width % heads):
             raise CheckpointError(
-                f"Cascade UNet config: num_attention_heads is {heads} for {width} channels; it must divide them"
+                f"Cascade UNet config: num_attention_heads is {heads} for {width} channels; "
+                "it must divide them"
             )
 
 
@@ -203,7 +204,7 @@ class TimestepBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Sequence[Tensor]) -> Tensor:
         mappers = [self.mapper, *(self.get_submodule(name) for name in self.names)]
-        shifts = sum(mapper(features) for mapper, features in zip(mappers, time, strict=True))
+        shifts = torch.stack([mapper(each) for mapper, each in zip(mappers, time, strict=True)]).sum(0)
         scale, shift = shifts[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         return torch.addcmul(shift, x, 1 + scale)
 
@@ -360,7 +361,7 @@ class UNet(nn.Module):
         return local
 
     def forward(self, latents: Tensor, ratio: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise in latents (B, C_in, h, w) at timestep ratios (B,), 1 all noise to 0 none → (B, C_out, h, w)."""
+        """The noise (B, C_out, h, w) in latents (B, C_in, h, w) at timestep ratios (B,), 1 all noise."""
         time = self._time(ratio, latents.dtype)
         x = self.embedding(latents)  # (B, C_in, h, w) → (B, C, h / patch, w / patch)
         if conditioning.local is not None:
