@@ -24,6 +24,7 @@ class Component:
     name: str
     identity: Hashable
     bytes: int
+    precision: str
     load: Callable[[], Any]
 
 
@@ -59,7 +60,6 @@ class Pipeline:
     components: Mapping[str, Component]
     phases: tuple[Phase, ...]
     settings: dict[str, Any]
-    precision: str
     decisions: tuple[str, ...] = ()
 
 

@@ -281,10 +281,9 @@ class Studio:
 
     def _plan(self, pipeline: Pipeline, here: Hardware) -> Plan:
         return make_plan(
-            {name: component.bytes for name, component in pipeline.components.items()},
+            {name: (part.bytes, part.precision) for name, part in pipeline.components.items()},
             [(phase.name, phase.components, phase.work_bytes) for phase in pipeline.phases],
             hardware=here,
-            precision=pipeline.precision,
             cap_gib=self.settings.vram,
             decisions=pipeline.decisions,
         )

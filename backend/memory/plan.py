@@ -64,8 +64,8 @@ def gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
 
 
-def _advice(weights_alone: bool, precision: str) -> str:
-    if weights_alone and precision != "float32":
+def _advice(weights_alone: bool, precisions: set[str]) -> str:
+    if weights_alone and "float32" not in precisions:
         return "The weights alone are too large: another device or a smaller checkpoint is needed."
     if weights_alone:
         return "The weights alone are too large; in 16 bits they take half."
@@ -79,24 +79,26 @@ def budget_bytes(hardware: Hardware, cap_gib: float | None) -> int:
 
 
 def make_plan(
-    components: Mapping[str, int],
+    components: Mapping[str, tuple[int, str]],
     phases: Sequence[tuple[str, Sequence[str], int]],
     *,
     hardware: Hardware,
-    precision: str,
     cap_gib: float | None = None,
     decisions: Sequence[str] = (),
 ) -> Plan:
-    """Plan components (name → bytes as run) and phases (name, the components it uses, bytes of work)."""
+    """Plan components (name → bytes as run, precision) and phases (name, the components it uses, bytes of
+    work)."""
     budget = budget_bytes(hardware, cap_gib)
-    weights = sum(components.values())
+    weights = sum(size for size, _ in components.values())
     planned = tuple(
         PlannedPhase(
             name=name,
             work_bytes=work,
             peak_bytes=weights + work,
             components=tuple(
-                PlannedComponent(name=part, placement="resident", precision=precision, bytes=components[part])
+                PlannedComponent(
+                    name=part, placement="resident", precision=components[part][1], bytes=components[part][0]
+                )
                 for part in used
             ),
         )
@@ -105,12 +107,13 @@ def make_plan(
     peak = max(phase.peak_bytes for phase in planned)
     largest = max(planned, key=lambda phase: phase.peak_bytes)
     where = hardware.name if hardware.device != "cpu" else "the CPU"
+    advice = _advice(weights > budget, {precision for _, precision in components.values()})
     if peak <= budget:
         verdict = f"Everything stays in memory on {where}: {gib(peak)} of the {gib(budget)} at hand."
     else:
         verdict = (
             f"Does not fit {where}: {largest.name} needs {gib(peak)}, {gib(weights)} of it weights, "
-            f"and {gib(budget)} is at hand. {_advice(weights > budget, precision)}"
+            f"and {gib(budget)} is at hand. {advice}"
         )
     return Plan(
         device=hardware.device,

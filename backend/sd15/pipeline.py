@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.events import Notice
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
-from backend.phases import Component, Phase, Pipeline, Progress
+from backend.nn.pictures import linear_previews, to_pictures
+from backend.phases import Phase, Pipeline, Progress
 from backend.requests import SD15Request
 from backend.sampling.noise import Noise
 from backend.sampling.samplers import sample
@@ -26,7 +27,7 @@ from backend.sd15.defaults import defaults
 from backend.sd15.unet import UNet, UNetConfig
 from backend.text.encoders import load_clip_text, load_tokenizer
 from backend.text.prompts import encode_prompts
-from backend.weights.load import load_module
+from backend.weights.parts import Parts, dtype_name, layout_of
 from backend.weights.source import Source
 
 COMPONENTS = ("text_encoder", "unet", "vae")
@@ -109,48 +110,24 @@ def pipeline(
             f"{source.name} has a UNet with {unet_config.in_channels} input channels; "
             f"text to image takes {vae_config.latent_channels}"
         )
-    precision = _name(dtype)
-    here = source.present(COMPONENTS, precision)  # else the plan is all that can be made yet
-    fingerprints = {name: source.fingerprint(name, precision) if here else source.name for name in COMPONENTS}
-
-    def component(name: str, load: Any) -> Component:
-        return Component(
-            name=name,
-            identity=(name, fingerprints[name], precision, str(device)),
-            bytes=source.parameter_bytes(name, precision),
-            load=load,
-        )
-
-    def network(name: str, build: Any) -> Component:
-        def load() -> torch.nn.Module:
-            tensors = source.tensors(name, precision)
-            return load_module(
-                build,
-                tensors,
-                dtype=dtype,
-                device=device,
-                layout=layout_of(dtype),
-                what=f"{source.name}: {name}",
-            )
-
-        return component(name, load)
+    parts = Parts(source=source, device=device)
 
     def text() -> tuple[Any, Any]:
         return load_tokenizer(source), load_clip_text(source, "text_encoder", dtype, device)
 
+    components = {
+        "text_encoder": parts.component("text_encoder", dtype, text),
+        "unet": parts.network("unet", dtype, lambda: UNet(unet_config)),
+        "vae": parts.network("vae", dtype, lambda: Autoencoder(vae_config)),
+    }
     encode_key = (
-        fingerprints["text_encoder"], precision, str(device), request.prompt,
+        components["text_encoder"].identity, request.prompt,
         request.negative_prompt if job.guided else None, request.raw_prompt, request.clip_skip,
     )  # fmt: skip
     denoise_key = (
-        encode_key, fingerprints["unet"], seeds, job.steps, job.guidance_scale, job.sampler,
+        encode_key, components["unet"].identity, seeds, job.steps, job.guidance_scale, job.sampler,
         job.width, job.height, schedule,
     )  # fmt: skip
-    components = {
-        "text_encoder": component("text_encoder", text),
-        "unet": network("unet", lambda: UNet(unet_config)),
-        "vae": network("vae", lambda: Autoencoder(vae_config)),
-    }
     latent_size = (job.height // vae_config.scale, job.width // vae_config.scale)
     rgb = source.extras().get("latent_rgb", LATENT_RGB if vae_config.latent_channels == 4 else None)
     item = dtype.itemsize
@@ -185,7 +162,6 @@ def pipeline(
             ),
         ),
         settings=job.settings(),
-        precision=precision,
         decisions=decisions,
     )  # fmt: skip
 
@@ -234,7 +210,7 @@ def denoise(
         yield Progress(
             step=state.step,
             steps=state.steps,
-            preview=(lambda x=denoised: previews(x, rgb)) if rgb else None,
+            preview=(lambda x=denoised: linear_previews(x, rgb)) if rgb else None,
         )
     assert latents is not None
     return latents
@@ -242,12 +218,12 @@ def denoise(
 
 def decode(
     vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device, tile: int | None
-) -> Generator[Progress | Notice, None, list[Image.Image]]:
+) -> Generator[Progress | Notice, None, list[Image]]:
     """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
     if not latents.isfinite().all():
         advice = "the weights may be damaged" if dtype == torch.float32 else "bfloat16 or float32 may help"
-        raise TriptychError(f"denoising in {_name(dtype)} gave values that are not numbers; {advice}")
-    pictures: list[Image.Image] = []
+        raise TriptychError(f"denoising in {dtype_name(dtype)} gave values that are not numbers; {advice}")
+    pictures: list[Image] = []
     for index, one in enumerate(vae.from_model(latents).split(1)):
         pixels = vae.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)), tile=tile)
         if not pixels.isfinite().all() and dtype == torch.float16:
@@ -255,37 +231,9 @@ def decode(
                 text="The picture's decoder overflowed in float16; that picture was decoded in float32."
             )
             pixels = copy.deepcopy(vae).float().decode(one.to(device), tile=tile)
-        pictures += to_pictures(pixels)
+        pictures += to_pictures(pixels.float() / 2 + 0.5)
         yield Progress(step=index + 1, steps=len(latents))
     return pictures
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] → B pictures."""
-    values = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
-
-
-def previews(latents: Tensor, rgb: Mapping[str, Any]) -> tuple[Image.Image, ...]:
-    """Latents (B, C, h, w) → small pictures by a linear map of the channels, four times the latent size."""
-    factors = torch.tensor(rgb["factors"], device=latents.device)
-    colours = torch.einsum("bchw,cr->brhw", latents.float(), factors) + torch.tensor(
-        rgb["bias"], device=latents.device
-    ).view(1, 3, 1, 1)
-    return tuple(
-        picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.BICUBIC)
-        for picture in to_pictures(colours)
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def layout_of(dtype: torch.dtype) -> torch.memory_format:
-    """Channels last where it helps: in 16 bits convolutions gain; in float32 they do not, and weights in the
-    files' own layout are run from the mapped file without a copy."""
-    return torch.channels_last if dtype.itemsize == 2 else torch.contiguous_format
 
 
 def encode_work(item: int) -> int:

@@ -2,40 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from backend.errors import CheckpointError
 from backend.weights.load import load_module
 from backend.weights.source import Source
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def load_clip_text(source: Source, component: str, dtype: torch.dtype, device: torch.device) -> CLIPTextModel:
     """The CLIP text model of a checkpoint (arXiv:2103.00020). Raises CheckpointError if it does not fit."""
-    published = source.tensors(component, str(dtype).removeprefix("torch."))
-    # transformers 5 dropped the prefix; files older than transformers 4.31 hold the positions' numbers too
-    tensors = {
-        name.removeprefix("text_model."): name for name in published if not name.endswith(".position_ids")
-    }
-    config = source.config(component)
+    # transformers 5 dropped the prefix
+    return _load(
+        source, component, dtype, device, CLIPTextConfig, CLIPTextModel, "embeddings", prefix="text_model."
+    )
 
-    def build() -> CLIPTextModel:
+
+def load_projected_clip_text(
+    source: Source, component: str, dtype: torch.dtype, device: torch.device
+) -> CLIPTextModelWithProjection:
+    """A CLIP text model that also projects its pooled features. Raises CheckpointError if it does not fit."""
+    return _load(
+        source, component, dtype, device, CLIPTextConfig, CLIPTextModelWithProjection, "text_model.embeddings"
+    )
+
+
+def load_clip_vision(
+    source: Source, component: str, dtype: torch.dtype, device: torch.device
+) -> CLIPVisionModelWithProjection:
+    """The CLIP image model of a checkpoint. Raises CheckpointError if it does not fit."""
+    return _load(
+        source,
+        component,
+        dtype,
+        device,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        "vision_model.embeddings",
+    )
+
+
+def load_image_processor(source: Source, component: str = "feature_extractor") -> CLIPImageProcessorPil:
+    """What makes a CLIP image model's input of pictures. Raises CheckpointError for useless settings."""
+    try:
+        return CLIPImageProcessorPil(**source.config(component))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source.name}: {component} cannot be used: {error}") from error
+
+
+def _load(
+    source: Source,
+    component: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    config_class: Any,
+    model_class: Callable[[Any], M],
+    embeddings: str,
+    *,
+    prefix: str = "",
+) -> M:
+    """`embeddings` is where the module keeps its positions' numbers, which newer files leave out."""
+    published = source.tensors(component, str(dtype).removeprefix("torch."))
+    tensors = {name.removeprefix(prefix): name for name in published if not name.endswith(".position_ids")}
+    settings = source.config(component)
+
+    def build() -> M:
         try:
-            return CLIPTextModel(CLIPTextConfig(**config))
+            return model_class(config_class(**settings))
         except StrictDataclassError as error:
             raise ValueError(error.__cause__ or error) from error
 
-    positions = config.get("max_position_embeddings", 77)
-    if not isinstance(positions, int):
-        raise CheckpointError(f"{source.name}: {component}: max_position_embeddings is {positions!r}")
+    positions = f"{embeddings}.position_embedding.weight".removeprefix(prefix)
+    if positions not in tensors:
+        raise CheckpointError(f"{source.name}: {component} does not fit its config: {positions} is missing")
+    count = len(published[tensors[positions]])
     return load_module(
         build,
         {name: published[theirs] for name, theirs in tensors.items()},
         dtype=dtype,
         device=device,
         what=f"{source.name}: {component}",
-        buffers={"embeddings.position_ids": torch.arange(positions)[None]},
+        buffers={f"{embeddings}.position_ids": torch.arange(count)[None]},
     )
 
 

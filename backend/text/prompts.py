@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from backend.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 BREAK = ("BREAK", -1.0)
 ROUND, SQUARE = 1.1, 1 / 1.1
@@ -116,26 +117,30 @@ def _cut(chunk: list[Token], comma: int | None) -> int:
     return len(chunk)
 
 
-@torch.no_grad()
-def encode_prompts(
-    encoder: CLIPTextModel,
-    tokenizer: CLIPTokenizer,
-    prompts: Sequence[str],
-    *,
-    raw: bool = False,
-    clip_skip: int = 0,
-) -> Tensor:
-    """Prompts → features (B, L·n, D): n chunks, as the longest prompt needs, of the encoder's L positions.
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Prompts as token ids (B·n, L): n chunks a prompt, as the longest needs, of L tokens each.
 
-    Shorter prompts are filled up with the chunks of an empty one. `raw` takes each prompt as plain text and
-    cuts it at L. `clip_skip` leaves out that many of the last layers; the final LayerNorm is always applied.
-    Raises InvalidRequest for a `clip_skip` that the encoder has no layers for, or a prompt beyond reason.
+    `weights` are those of the tokens, `mask` is 1 for all but the padding. Shorter prompts are filled up
+    with the chunks of an empty one.
     """
-    layers = encoder.config.num_hidden_layers
-    if not 0 <= clip_skip < layers:
-        raise InvalidRequest(
-            f"clip_skip is {clip_skip}; it can be 0 to {layers - 1}: this text encoder has {layers} layers"
-        )
+
+    prompts: int
+    ids: Tensor
+    weights: Tensor
+    mask: Tensor
+
+    def joined(self, features: Tensor) -> Tensor:
+        """Features (B·n, L, D) weighted and put one chunk behind the other → (B, n·L, D)."""
+        weighted = _weighted(features, self.weights.to(features.device))
+        return weighted.reshape(self.prompts, -1, features.shape[-1])
+
+
+def tokenise(
+    tokenizer: CLIPTokenizer, encoder: PreTrainedModel, prompts: Sequence[str], *, raw: bool = False
+) -> Tokens:
+    """`raw` takes each prompt as plain text and cuts it at L. Raises InvalidRequest for a prompt beyond
+    reason, CheckpointError for a tokenizer of another encoder."""
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     chunked = [
         _plain(tokenizer, text, length) if raw else _chunks(tokenizer, text, length) for text in prompts
@@ -146,24 +151,73 @@ def encode_prompts(
             f"the prompt takes {count} chunks of {length - 2} tokens; it can take up to {MAX_CHUNKS}"
         )
     rows = [row for chunks in chunked for row in (*chunks, *[[]] * (count - len(chunks)))]
-
     ids = torch.tensor([_padded(tokenizer, row, length) for row in rows], device=encoder.device)
     if ids.max() >= encoder.config.vocab_size:
         raise CheckpointError(
             f"the tokenizer does not belong to the text encoder: it gives token {int(ids.max())}, "
             f"and the encoder knows {encoder.config.vocab_size}"
         )
-    if clip_skip:
-        states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
-        features = encoder.final_layer_norm(states[-(clip_skip + 1)])
-    else:
-        features = encoder(input_ids=ids).last_hidden_state  # (B·n, L, D)
-
-    weights = torch.ones(ids.shape)
+    weights, mask = torch.ones(ids.shape), torch.zeros_like(ids)
     for index, row in enumerate(rows):
         weights[index, 1 : len(row) + 1] = torch.tensor([weight for _, weight in row])
-    features = _weighted(features, weights.to(features.device))
-    return features.reshape(len(prompts), count * length, -1)
+        mask[index, : len(row) + 2] = 1
+    return Tokens(prompts=len(prompts), ids=ids, weights=weights, mask=mask)
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    *,
+    raw: bool = False,
+    clip_skip: int = 0,
+) -> Tensor:
+    """Prompts → features (B, n·L, D) of the last layer and the final LayerNorm, for n chunks of L tokens.
+
+    `clip_skip` leaves out that many of the last layers. Raises what `tokenise` does, and InvalidRequest for
+    a `clip_skip` that the encoder has no layers for.
+    """
+    _check_layers(encoder, clip_skip)
+    tokens = tokenise(tokenizer, encoder, prompts, raw=raw)
+    if clip_skip:
+        states = encoder(input_ids=tokens.ids, output_hidden_states=True).hidden_states
+        features = encoder.final_layer_norm(states[-(clip_skip + 1)])
+    else:
+        features = encoder(input_ids=tokens.ids).last_hidden_state  # (B·n, L, D)
+    return tokens.joined(features)
+
+
+@torch.no_grad()
+def encode_pooled_prompts(
+    encoder: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    *,
+    raw: bool = False,
+    skip: int = 0,
+    masked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Prompts → features (B, n·L, D) before the final LayerNorm, and pooled and projected ones (B, D_pooled).
+
+    `skip` leaves out that many of the last layers for the features; the pooled ones, of each prompt's first
+    chunk, are of the last. `masked` hides the padding. Raises what `encode_prompts` does.
+    """
+    _check_layers(encoder, skip)
+    tokens = tokenise(tokenizer, encoder, prompts, raw=raw)
+    out = encoder(
+        input_ids=tokens.ids, attention_mask=tokens.mask if masked else None, output_hidden_states=True
+    )
+    pooled = out.text_embeds.unflatten(0, (len(prompts), -1))[:, 0]
+    return tokens.joined(out.hidden_states[-(skip + 1)]), pooled
+
+
+def _check_layers(encoder: PreTrainedModel, skip: int) -> None:
+    layers = encoder.config.num_hidden_layers
+    if not 0 <= skip < layers:
+        raise InvalidRequest(
+            f"clip_skip is {skip}; it can be 0 to {layers - 1}: this text encoder has {layers} layers"
+        )
 
 
 def _plain(tokenizer: CLIPTokenizer, text: str, length: int) -> list[list[Token]]:

@@ -39,10 +39,9 @@ def test_bf16_instructions(tmp_path: Path, flags: str, expected: bool) -> None:
 
 def test_plan_counts_all_components_and_the_largest_work() -> None:
     plan = make_plan(
-        {"text_encoder": GIB, "unet": 2 * GIB, "vae": GIB // 2},
+        {"text_encoder": (GIB, "float16"), "unet": (2 * GIB, "float16"), "vae": (GIB // 2, "float32")},
         [("encode", ["text_encoder"], 0), ("denoise", ["unet"], GIB // 2), ("decode", ["vae"], GIB)],
         hardware=Hardware.card(gib=8),
-        precision="float16",
     )
     assert plan.peak_bytes == int(4.5 * GIB)
     assert plan.budget_bytes == 8 * GIB - RESERVE_BYTES["cuda"]
@@ -62,7 +61,7 @@ def test_plan_counts_all_components_and_the_largest_work() -> None:
 
 def test_plan_says_when_nothing_fits() -> None:
     plan = make_plan(
-        {"unet": 4 * GIB}, [("denoise", ["unet"], GIB)], hardware=Hardware.card(gib=4), precision="float16"
+        {"unet": (4 * GIB, "float16")}, [("denoise", ["unet"], GIB)], hardware=Hardware.card(gib=4)
     )
     assert not plan.fits
     assert "denoise needs 5.0 GiB, 4.0 GiB of it weights" in plan.decisions[0]
@@ -93,7 +92,7 @@ def component(name: str, size: int, loads: list[str]) -> Component:
         loads.append(name)
         return object()
 
-    return Component(name=name, identity=name, bytes=size, load=load)
+    return Component(name=name, identity=name, bytes=size, precision="float32", load=load)
 
 
 def test_manager_loads_once_and_evicts_the_least_recent_never_the_lent() -> None:
@@ -122,7 +121,7 @@ def test_manager_lends_nothing_that_failed_to_load() -> None:
     def fail() -> Any:
         raise OSError("gone")
 
-    broken = Component(name="unet", identity="unet", bytes=1, load=fail)
+    broken = Component(name="unet", identity="unet", bytes=1, precision="float32", load=fail)
     with pytest.raises(OSError, match="gone"), manager.use(broken):
         pass
     assert not manager.holds(broken)

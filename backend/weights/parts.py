@@ -1,0 +1,65 @@
+"""A checkpoint's components as the manager lends them: made of what, how large, and how they load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from backend.phases import Component
+from backend.weights.load import load_module
+from backend.weights.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Makes components of one checkpoint for one device."""
+
+    source: Source
+    device: torch.device
+
+    def component(self, name: str, dtype: torch.dtype, load: Callable[[], Any]) -> Component:
+        """`load` makes what is lent, in `dtype`."""
+        precision = dtype_name(dtype)
+        return Component(
+            name=name,
+            identity=(name, self.fingerprint(name, dtype), precision, str(self.device)),
+            bytes=self.source.parameter_bytes(name, precision),
+            precision=precision,
+            load=load,
+        )
+
+    def network(self, name: str, dtype: torch.dtype, build: Callable[[], nn.Module]) -> Component:
+        """A network of our own, which `build` makes."""
+
+        def load() -> nn.Module:
+            return load_module(
+                build,
+                self.source.tensors(name, dtype_name(dtype)),
+                dtype=dtype,
+                device=self.device,
+                layout=layout_of(dtype),
+                what=f"{self.source.name}: {name}",
+            )
+
+        return self.component(name, dtype, load)
+
+    def fingerprint(self, name: str, dtype: torch.dtype) -> str:
+        """Changes with what the component is made of; before it is downloaded, the plan needs no more."""
+        precision = dtype_name(dtype)
+        present = self.source.present([name], precision)
+        return self.source.fingerprint(name, precision) if present else self.source.name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 → "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def layout_of(dtype: torch.dtype) -> torch.memory_format:
+    """Channels last where it helps: in 16 bits convolutions gain; in float32 they do not, and weights in the
+    files' own layout are run from the mapped file without a copy."""
+    return torch.channels_last if dtype.itemsize == 2 else torch.contiguous_format
