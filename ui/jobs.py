@@ -105,11 +105,15 @@ class _Box:
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def take(self, timeout: float) -> list[Event | None]:
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), timeout)
-            self._arrived.clear()
-            return list(newest([self._events.popleft() for _ in range(len(self._events))]))
-        return [None]
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with an event, and the
+        # job that nobody waits for any more would keep the device to its end.
+        try:
+            async with asyncio.timeout(timeout):
+                await self._arrived.wait()
+        except TimeoutError:
+            return [None]
+        self._arrived.clear()
+        return list(newest([self._events.popleft() for _ in range(len(self._events))]))
 
 
 def newest(events: Iterable[Event]) -> list[Event]:

@@ -9,7 +9,7 @@ import pytest
 from gradio_client import Client
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.app.support import Server, hub, serving
+from tests.app.support import Server, connected, hub, serving
 
 FLAGS = (
     "--headless",
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    return Client(server.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+    return connected(server, tmp_path_factory.mktemp("downloads"))
 
 
 @pytest.fixture(scope="module")  # not longer: Playwright keeps an event loop running in this thread

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from gradio_client import Client
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo" / "sd15"
 
@@ -62,14 +64,14 @@ def serving(folder: Path, *flags: str, home: Path | None = None, **extra: str) -
         wait_until_up(server)
         yield server
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()
     assert not list((folder / "tmp").glob("triptych-*")), "copies of pictures were left behind"
 
 
-def wait_until_up(server: Server, seconds: float = 60) -> None:
+def wait_until_up(server: Server, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert server.process.poll() is None, server.log.read_text()
@@ -80,6 +82,12 @@ def wait_until_up(server: Server, seconds: float = 60) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
     raise AssertionError(f"no answer within {seconds} s:\n{server.log.read_text()}")
+
+
+def connected(server: Server, folder: Path) -> Client:
+    """A client that waits for a busy machine, where its own default is five seconds."""
+    patience = {"timeout": 60}
+    return Client(server.url, verbose=False, download_files=str(folder), httpx_kwargs=patience)
 
 
 def free_port() -> int:

@@ -22,7 +22,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.app.support import DEMO, LONG, ROOT, Server
+from tests.app.support import DEMO, LONG, ROOT, Server, connected
 from training import judge
 
 QUICK: Any = {"prompt": "a red house on green hills", "steps": 2}
@@ -82,7 +82,7 @@ def test_the_judge_sees_a_red_house_at_night(client: Client) -> None:
 
 def test_two_clients_at_once_get_their_own(server: Server, tmp_path: Path) -> None:
     def ask(seed: int) -> tuple[list[int], str]:
-        client = Client(server.url, verbose=False, download_files=str(tmp_path / str(seed)))
+        client = connected(server, tmp_path / str(seed))
         files, facts = paint(client, seed=seed, steps=10)
         return facts["seeds"], texts(files)[0]
 
@@ -97,8 +97,8 @@ def test_cancel_stops_within_a_step(server: Server, client: Client) -> None:
     before = len(server.pictures)
     job = client.submit(**LONG, api_name="/sd15")
     left = eta_of_a_step(job)
-    job.cancel()
     begin = time.monotonic()
+    job.cancel()
     paint(client)
     assert time.monotonic() - begin < left / 2
     assert len(server.pictures) == before + 1
@@ -122,10 +122,10 @@ def test_a_killed_client_frees_the_queue(server: Server, client: Client) -> None
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     left = [float(child.stdout.readline()) for _ in range(2)][-1]
+    begin = time.monotonic()
     child.kill()
     child.wait()
     child.stdout.close()
-    begin = time.monotonic()
     paint(client)
     assert time.monotonic() - begin < left / 2
     assert len(server.pictures) == before + 1

@@ -22,6 +22,7 @@ from ui import controls, render
 from ui.handlers import UNEXPECTED, Easel, painter
 from ui.jobs import Jobs, newest
 
+PATIENCE = 30  # seconds: for what takes none on a machine that is not busy
 PICTURE = Image.new("RGB", (16, 8), "red")
 
 
@@ -93,19 +94,53 @@ def test_a_closed_job_stops_and_frees_its_thread() -> None:
                 return
 
     asyncio.run(leave())
-    assert studio.ended.wait(2)
+    assert studio.ended.wait(PATIENCE)
 
 
 def test_a_quiet_job_ticks() -> None:
+    ticked = threading.Event()
+
     def slow(stop: threading.Event) -> Iterator[Event]:
-        time.sleep(0.8)
+        ticked.wait(PATIENCE)
         yield Waiting()
 
     async def collect() -> list[Event | None]:
         jobs, _ = jobs_of(slow)
-        return [event async for event in jobs.events(SD15Request())]
+        told: list[Event | None] = []
+        async for event in jobs.events(SD15Request()):
+            told.append(event)
+            ticked.set()
+        return told
 
-    assert asyncio.run(collect()) == [None, Waiting()]
+    first, *_, last = asyncio.run(collect())
+    assert (first, last) == (None, Waiting())
+
+
+def test_a_cancelled_job_stops_although_an_event_arrives_at_that_moment() -> None:
+    """A lost cancellation leaves the device to a job that nobody waits for."""
+    go = threading.Event()
+
+    def one_then_many(stop: threading.Event) -> Iterator[Event]:
+        go.wait(PATIENCE)
+        yield from endless(stop)
+
+    async def collect(jobs: Jobs) -> None:
+        async for _ in jobs.events(SD15Request()):
+            pass
+
+    async def cancel() -> bool:
+        jobs, studio = jobs_of(one_then_many)
+        work = asyncio.create_task(collect(jobs))
+        await asyncio.sleep(0.1)
+        go.set()
+        time.sleep(0.1)  # the loop is busy, and sees all that happens now in one turn
+        asyncio.get_running_loop().call_soon(work.cancel)
+        await asyncio.wait([work], timeout=PATIENCE)
+        ended = work.cancelled() and studio.ended.wait(PATIENCE)
+        jobs.close()
+        return ended
+
+    assert asyncio.run(cancel())
 
 
 def test_closing_stops_whatever_runs() -> None:

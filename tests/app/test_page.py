@@ -16,7 +16,8 @@ from tests.app.support import LONG, Server
 from tests.checkpoints import sd15_folder
 
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
-PATIENCE = 30_000  # milliseconds: two busy cores are slow
+PATIENCE = 90_000  # milliseconds: two cores that do other work as well are slow
+expect.set_options(timeout=PATIENCE)
 
 # Remembers every preview that the canvas shows, and every height that it takes.
 WATCH = """() => {
@@ -98,7 +99,7 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
     slider(page, "Steps", 150)
     prompt(page).fill("a red house on green hills at night")
     page.keyboard.press("Control+Enter")
-    expect(status(page, "busy")).to_contain_text("step", timeout=PATIENCE)
+    expect(status(page, "busy")).to_contain_text("step")
     assert no_sideways_scroll(page)
     said = status(page, "done")
     expect(said).to_contain_text("1 picture in")
@@ -182,15 +183,17 @@ def test_pictures_enlarge_and_walk_by_keyboard(wide: Page) -> None:
 def test_the_place_in_the_queue_is_shown(
     wide: Page, browser: Browser, server: Server, client: Client
 ) -> None:
+    before = len(server.pictures)
     busy = client.submit(**LONG, api_name="/sd15")
     next(said for _, said in busy if said["phase"] == "denoise")
     wide.get_by_role("button", name="Generate").click()
-    expect(wide.locator(".status-line .progress-text")).to_contain_text("queue: 1/1", timeout=PATIENCE)
+    expect(wide.locator(".status-line .progress-text")).to_contain_text("queue: 1/1")
     wide.get_by_role("button", name="Stop").click()
     expect(wide.locator(".status")).to_have_text("Stopped.")
     busy.cancel()
     wide.get_by_role("button", name="Generate").click()
     status(wide, "done")
+    assert len(server.pictures) == before + 1
 
 
 def test_a_closed_tab_frees_the_queue(browser: Browser, server: Server, client: Client) -> None:

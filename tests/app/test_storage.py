@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from tests.app.support import serving
+from tests.app.support import connected, serving
 
 
 def test_an_unwritable_home_is_told_and_the_next_request_works(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.write_text("a file where the folder should be")
     with serving(tmp_path, home=home) as server:
-        client = Client(server.url, verbose=False, download_files=str(tmp_path))
+        client = connected(server, tmp_path)
         with pytest.raises(AppError, match=rf"cannot write to {home}.*--home"):
             client.predict(prompt="a red house", steps=2, api_name="/sd15")
         home.unlink()
