@@ -6,20 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FAMILIES = {"sd15": "Stable Diffusion 1.5"}
+
+@dataclass(frozen=True)
+class Family:
+    """`room` is the package with its `pipeline`, `defaults` and `keys`, `demo` its folder in assets/demo."""
+
+    title: str
+    room: str
+    demo: str
+
+
+FAMILIES = {
+    "sd15": Family("Stable Diffusion 1.5", room="backend.sd15", demo="sd15"),
+    "stable_cascade": Family("Stable Cascade", room="backend.cascade", demo="stable-cascade"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogueEntry:
-    """`repository` is None for what ships with Triptych. `defaults` are the publisher's recommended settings.
+    """`repositories` are the hub's, none for what ships with Triptych; a release in parts has several.
 
-    `parameters` are in millions per component, so that a checkpoint can be planned before it is downloaded.
+    `defaults` are the publisher's recommended settings. `parameters` are in millions per component, so that a
+    checkpoint can be planned before it is downloaded.
     """
 
     name: str
     family: str
     title: str
-    repository: str | None
+    repositories: tuple[str, ...]
     licence: str
     url: str | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -27,27 +41,59 @@ class CatalogueEntry:
 
     @property
     def bundled(self) -> bool:
-        return self.repository is None
+        return not self.repositories
+
+
+def _demo(family: str) -> CatalogueEntry:
+    return CatalogueEntry(
+        name="demo",
+        family=family,
+        title="Postcards, the built-in demo",
+        repositories=(),
+        licence="Apache-2.0, as Triptych itself",
+        url=None,
+    )
 
 
 CATALOGUE = (
-    CatalogueEntry(
-        name="demo",
-        family="sd15",
-        title="Postcards, the built-in demo",
-        repository=None,
-        licence="Apache-2.0, as Triptych itself",
-        url=None,
-    ),
+    _demo("sd15"),
     CatalogueEntry(
         name="sd15",
         family="sd15",
         title="Stable Diffusion 1.5",
-        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        repositories=("stable-diffusion-v1-5/stable-diffusion-v1-5",),
         licence="CreativeML Open RAIL-M: free to use, within the use restrictions that it lists",
         url="https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
         defaults={"steps": 50, "guidance_scale": 7.5, "sampler": "pndm", "width": 512, "height": 512},
         parameters={"unet": 859.52, "vae": 83.65, "text_encoder": 123.06},
+    ),
+    _demo("stable_cascade"),
+    CatalogueEntry(
+        name="stable-cascade",
+        family="stable_cascade",
+        title="Stable Cascade",
+        repositories=("stabilityai/stable-cascade-prior", "stabilityai/stable-cascade"),
+        licence="Stability AI Non-Commercial Research Community License: for research, not for commercial "
+        "use, and within the publisher's Acceptable Use Policy. Faces and people may come out wrong, and "
+        "its autoencoder loses detail",
+        url="https://huggingface.co/stabilityai/stable-cascade",
+        defaults={
+            "prior_steps": 20,
+            "prior_guidance_scale": 4.0,
+            "decoder_steps": 10,
+            "decoder_guidance_scale": 0.0,
+            "width": 1024,
+            "height": 1024,
+        },
+        parameters={
+            "prior": 3589.1,
+            "prior_lite": 1030.8,
+            "decoder": 1562.9,
+            "decoder_lite": 699.5,
+            "vqgan": 18.41,
+            "text_encoder": 694.7,
+            "image_encoder": 304.0,
+        },
     ),
 )
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from backend import catalog, infotext
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 PREVIEW_SECONDS = 0.3  # between previews: a few a second look alive and cost little
 WAITING_SECONDS = 0.5
-
-# Where each family's `pipeline` lives. Imported at first use: they import torch, and the page must not wait.
-ROOMS = {"sd15": "backend.sd15.pipeline"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +103,7 @@ class Studio:
         entry = catalog.entry(family, checkpoint)
         source = self._source(checkpoint, family)
         extras = source.extras()
-        room = import_module(f"backend.{family}.defaults")
+        room = _room(family, "defaults")
         return CheckpointInfo(
             name=checkpoint,
             title=entry.title if entry else source.name,
@@ -254,17 +252,17 @@ class Studio:
         """Download what the checkpoint lacks here; nothing for a local one."""
         source = self._source(request.checkpoint, request.family, request.config_from)
         precision = str(self._dtype(request, here)).removeprefix("torch.")
-        room = import_module(ROOMS[request.family])
+        room = _room(request.family, "pipeline")
         yield from source.fetch(room.COMPONENTS, precision)
 
     def _pipeline(self, request: Request, seeds: tuple[int, ...], here: Hardware) -> Pipeline:
         import torch
 
-        if request.family not in ROOMS:
-            raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(ROOMS)}")
+        if request.family not in catalog.FAMILIES:
+            raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(catalog.FAMILIES)}")
         source = self._source(request.checkpoint, request.family, request.config_from)
         dtype, device = self._dtype(request, here), torch.device(here.device)
-        room = import_module(ROOMS[request.family])
+        room = _room(request.family, "pipeline")
         budget = budget_bytes(here, self.settings.vram)
         return room.pipeline(request, source, seeds=seeds, dtype=dtype, device=device, budget_bytes=budget)
 
@@ -315,6 +313,11 @@ class Studio:
                 except StorageError:
                     raise StorageError(str(error), tuple(pictures)) from error
         return files
+
+
+def _room(family: str, module: str) -> ModuleType:
+    """A module of the family's room, imported at first use: pipelines need torch, and the page must not wait."""
+    return import_module(f"{catalog.FAMILIES[family].room}.{module}")
 
 
 def _step(name: str, report: Progress, elapsed: float, drawn: bool) -> Step:

@@ -1,6 +1,7 @@
 """Tiny random checkpoints, made with the reference library, for every test that loads one.
 
-`sd15_folder` writes the hub layout, `sd15_single_file` the same weights under the original release's names.
+`sd15_folder` and `cascade_folder` write the hub layout, `sd15_single_file` and `cascade_single_files` the
+same weights under the original release's names.
 The names of the original release are derived here from how its networks are laid out (blocks counted in the
 order in which they run), not read from our own key tables, so that a mistake there shows.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -263,3 +265,226 @@ def renamed(name: str, places: Mapping[str, str], inside: Mapping[str, str]) -> 
                     rest = original + rest.removeprefix(layer)
             return f"{places[head]}.{rest}"
     return name
+
+
+CASCADE_PRIORS: dict[str, dict[str, Any]] = {
+    "prior": {
+        "conditioning_dim": 128,
+        "block_out_channels": (128, 128),
+        "num_attention_heads": (2, 2),
+        "down_num_layers_per_block": (1, 2),
+        "up_num_layers_per_block": (2, 1),
+    },
+    "prior_lite": {
+        "conditioning_dim": 64,
+        "block_out_channels": (64, 64),
+        "num_attention_heads": (1, 1),
+        "down_num_layers_per_block": (1, 1),
+        "up_num_layers_per_block": (1, 1),
+    },
+}
+CASCADE_DECODERS: dict[str, dict[str, Any]] = {
+    "decoder": {
+        "block_out_channels": (32, 48, 128, 64),
+        "num_attention_heads": (0, 0, 2, 1),
+        "down_num_layers_per_block": (1, 2, 1, 2),
+        "up_num_layers_per_block": (1, 1, 2, 1),
+        "up_blocks_repeat_mappers": (3, 1, 2, 2),
+    },
+    "decoder_lite": {
+        "block_out_channels": (32, 32, 64, 64),
+        "num_attention_heads": (0, 0, 1, 1),
+        "down_num_layers_per_block": (1, 1, 1, 1),
+        "up_num_layers_per_block": (1, 1, 1, 1),
+        "up_blocks_repeat_mappers": (2, 1, 1, 1),
+    },
+}
+
+
+def cascade_folder(
+    path: Path,
+    *,
+    seed: int = 0,
+    prior: Mapping[str, Any] | None = None,
+    decoder: Mapping[str, Any] | None = None,
+    vqgan: Mapping[str, Any] | None = None,
+    lite: bool = True,
+    image_encoder: bool = True,
+) -> Path:
+    """A Stable Cascade checkpoint of random weights in hub layout, float32: its two halves → `path`.
+
+    `prior`, `decoder` and `vqgan` override the configs of the full networks. Both sizes of Stages C and B are
+    there, unless `lite` is False. Without overrides, what single files cannot tell is as published.
+    """
+    from diffusers import DDPMWuerstchenScheduler
+    from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    torch.manual_seed(seed)
+    first, second = path / "stable-cascade-prior", path / "stable-cascade"
+    tokenizer_files(first / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(first / "tokenizer")
+
+    def save(network: nn.Module, folder: Path) -> None:
+        unlike_at_start(network).save_pretrained(folder)
+
+    for name, config in CASCADE_PRIORS.items():
+        if lite or not name.endswith("_lite"):
+            common: dict[str, Any] = {
+                "clip_text_in_channels": 64,
+                "clip_text_pooled_in_channels": 32,
+                "clip_image_in_channels": 48,
+                "switch_level": (False,),
+            }
+            overrides = prior if name == "prior" and prior else {}
+            save(StableCascadeUNet(**{**common, **config, **overrides}), first / name)
+    for name, config in CASCADE_DECODERS.items():
+        if lite or not name.endswith("_lite"):
+            residual, timestep, attention = (
+                "SDCascadeResBlock",
+                "SDCascadeTimestepBlock",
+                "SDCascadeAttnBlock",
+            )
+            common = {
+                "in_channels": 4,
+                "out_channels": 4,
+                "patch_size": 2,
+                "conditioning_dim": 64,
+                "down_blocks_repeat_mappers": (1, 1, 1, 1),
+                "block_types_per_layer": (
+                    *((residual, timestep),) * 2,
+                    *((residual, timestep, attention),) * 2,
+                ),
+                "clip_text_pooled_in_channels": 32,
+                "effnet_in_channels": 16,
+                "pixel_mapper_in_channels": 3,
+                "dropout": (0.0, 0.0, 0.1, 0.1),
+                "timestep_conditioning_type": ("sca",),
+            }
+            overrides = decoder if name == "decoder" and decoder else {}
+            save(StableCascadeUNet(**{**common, **config, **overrides}), second / name)
+    stage_a: dict[str, Any] = {"embed_dim": 16, "bottleneck_blocks": 2, "num_vq_embeddings": 32}
+    save(PaellaVQModel(**{**stage_a, **(vqgan or {})}), second / "vqgan")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        hidden_act="gelu",
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    save(CLIPTextModelWithProjection(text_config), first / "text_encoder")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(first / part, second / part)
+    if image_encoder:
+        vision_config = CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            image_size=28,
+            patch_size=14,
+            projection_dim=48,
+        )
+        save(CLIPVisionModelWithProjection(vision_config), first / "image_encoder")
+        (first / "feature_extractor").mkdir()
+        (first / "feature_extractor/preprocessor_config.json").write_text(
+            json.dumps(
+                {
+                    "image_processor_type": "CLIPImageProcessor",
+                    "size": {"shortest_edge": 28},
+                    "crop_size": {"height": 28, "width": 28},
+                    "resample": 3,
+                }
+            )
+        )
+    library = "stable_cascade"
+    index = {
+        "prior": [library, "StableCascadeUNet"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"] if image_encoder else [None, None],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"] if image_encoder else [None, None],
+    }
+    _write_index(first, "StableCascadePriorPipeline", index)
+    for name in ("prior", "image_encoder", "feature_extractor"):
+        index.pop(name)
+    index |= {"decoder": [library, "StableCascadeUNet"], "vqgan": ["wuerstchen", "PaellaVQModel"]}
+    _write_index(second, "StableCascadeDecoderPipeline", index)
+    for half in (first, second):
+        DDPMWuerstchenScheduler().save_pretrained(half / "scheduler")
+    return path
+
+
+def _write_index(folder: Path, pipeline: str, components: Mapping[str, Any]) -> None:
+    index = {"_class_name": pipeline, "_diffusers_version": "0.27.0.dev0", **components}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def cascade_single_files(
+    path: Path, folder: Path, *, dtype: torch.dtype = torch.float32, suffix: str = ""
+) -> Path:
+    """The weights of a hub-layout checkpoint in the original release's files, `suffix` to the stages' names
+    → `path`, which also gets the text encoder, with its config and tokenizer, as published beside them."""
+    path.mkdir(parents=True, exist_ok=True)
+    plain = "diffusion_pytorch_model.safetensors"
+    first, second = folder / "stable-cascade-prior", folder / "stable-cascade"
+    files = {
+        "stage_c": (first / "prior" / plain, original_stage),
+        "stage_c_lite": (first / "prior_lite" / plain, original_stage),
+        "stage_b": (second / "decoder" / plain, original_stage),
+        "stage_b_lite": (second / "decoder_lite" / plain, original_stage),
+        "stage_a": (second / "vqgan" / plain, original_stage_a),
+        "image_encoder": (first / "image_encoder/model.safetensors", dict),
+    }
+    for name, (source, rename) in files.items():
+        if source.is_file():
+            tensors = {
+                key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for key, tensor in rename(load_file(source)).items()
+            }
+            save_file(tensors, path / f"{name}{suffix}.safetensors")
+    shutil.copytree(first / "text_encoder", path / "text_encoder", dirs_exist_ok=True)
+    shutil.copytree(first / "tokenizer", path / "tokenizer", dirs_exist_ok=True)
+    return path
+
+
+def original_stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's attention is torch's own module, and Stage B has one mapper of text, for the pooled."""
+    out: dict[str, Tensor] = {}
+    stage_b = "effnet_mapper.0.weight" in tensors
+    for name, tensor in tensors.items():
+        head, _, kind = name.rpartition(".")
+        block, _, layer = head.rpartition(".attention.")
+        if layer == "to_q":
+            rows = [tensors[f"{block}.attention.{each}.{kind}"] for each in ("to_q", "to_k", "to_v")]
+            out[f"{block}.attention.attn.in_proj_{kind}"] = torch.cat(rows)
+        elif layer == "to_out.0":
+            out[f"{block}.attention.attn.out_proj.{kind}"] = tensor
+        elif stage_b and head == "clip_txt_pooled_mapper":
+            out[f"clip_mapper.{kind}"] = tensor
+        elif layer not in ("to_k", "to_v"):
+            out[name] = tensor
+    return out
+
+
+def original_stage_a(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's codebook has the averages of its training beside it."""
+    out = dict(tensors)
+    codebook = out.pop("vquantizer.embedding.weight")
+    return out | {
+        "vquantizer.codebook.weight": codebook,
+        "vquantizer.ema_element_count": torch.ones(len(codebook)),
+        "vquantizer.ema_weight_sum": codebook + 1,
+    }

@@ -16,6 +16,11 @@ from backend.weights.keymap import Origin, Table, inside, place
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 
+# The class in model_index.json (None for any other) → component → its folder.
+FOLDERS = {None: {name: name for name in (*COMPONENTS, "tokenizer", "scheduler")}}
+LITE: dict[str, str] = {}  # component → the smaller one that does its work
+LATENT_STAGES: tuple[str, ...] = ()  # whose latents have preview colours of their own
+
 # The published configs, as far as a single file's tensors cannot tell.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": {
@@ -119,6 +124,16 @@ def check(component: str, config: Mapping[str, Any]) -> None:
     if component == "unet" and config.get("in_channels") in kinds:
         kind = kinds[config["in_channels"]]
         raise CheckpointError(f"this is {kind}; only text-to-image models with 4 channels can be run as yet")
+
+
+def is_part(shapes: Shapes) -> bool:
+    """Whether a file that does not say so itself holds a network of this family: never, here."""
+    return False
+
+
+def pipeline_of(repository: str) -> str | None:
+    """The class that a repository's model_index.json most likely names; it makes no difference here."""
+    return None
 
 
 def hub_names(component: str, shapes: Shapes) -> dict[str, Origin]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
 MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors format
 
 
@@ -47,8 +48,24 @@ def shapes(path: Path) -> Shapes:
 
     Raises CheckpointError for a file that is missing, empty, truncated or something else.
     """
+    return {name: shape for name, (shape, _) in _header(path).items()}
+
+
+def precision(path: Path) -> str:
+    """The dtype that most of the file's numbers are kept in: "float32", "bfloat16", "float16" or another."""
+    sizes: dict[str, int] = {}
+    for shape, dtype in _header(path).values():
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and dtype of every tensor."""
     if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in _pickled(path).items()}
+        return {
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in _pickled(path).items()
+        }
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -69,7 +86,10 @@ def shapes(path: Path) -> Shapes:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        out = {name: tuple(int(n) for n in entry["shape"]) for name, entry in entries.items()}
+        out = {
+            name: (tuple(int(n) for n in entry["shape"]), DTYPES.get(entry["dtype"], str(entry["dtype"])))
+            for name, entry in entries.items()
+        }
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read") from error
     if size < end:

@@ -14,10 +14,14 @@ Table = Mapping[str, str | None]  # the start of a name → what stands in its p
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one of our tensors lies: its name in the file, and its shape here, less axes of length 1."""
+    """Where one of our tensors lies: its name in the file, and its shape here, less axes of length 1.
+
+    `chunk` is (which, of how many): it is that share of the file's tensor along the first axis.
+    """
 
     name: str
     shape: tuple[int, ...]
+    chunk: tuple[int, int] | None = None
 
 
 class Renamed(Mapping[str, "Tensor"]):
@@ -29,7 +33,11 @@ class Renamed(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         origin = self._origins[name]
-        return self._tensors[origin.name].reshape(origin.shape)
+        tensor = self._tensors[origin.name]
+        if origin.chunk is not None:
+            index, count = origin.chunk
+            tensor = tensor.chunk(count)[index]
+        return tensor.reshape(origin.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._origins)

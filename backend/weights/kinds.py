@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from backend.catalog import FAMILIES
+from backend.errors import CheckpointError
 
 # Part of a tensor's name → the family, or what else it is. The first row that fits any tensor tells.
 TENSORS = {
@@ -23,15 +24,16 @@ TENSORS = {
     "double_blocks.": "a Flux checkpoint",
     "single_transformer_blocks.": "a Flux checkpoint",
     "joint_blocks.": "sd3",
-    "clip_txt_mapper.": "stable-cascade",
-    "effnet_mapper.": "stable-cascade",
-    "vquantizer.": "stable-cascade",
+    "clip_txt_mapper.": "stable_cascade",
+    "effnet_mapper.": "stable_cascade",
+    "vquantizer.": "stable_cascade",
     "model.diffusion_model.input_blocks.0.0.": "sd15",
     "input_blocks.0.0.": "a UNet alone, without the prefix of a whole checkpoint",
     "down_blocks.0.resnets.": "one component of a hub-layout checkpoint (give its folder or repository)",
     "first_stage_model.": "a VAE alone",
     "decoder.up.0.": "a VAE alone",
     "text_model.embeddings.": "a text encoder alone",
+    "vision_model.embeddings.": "an image encoder alone",
 }
 
 # The class in a model_index.json begins with → the family, or what else it is; the longest row tells.
@@ -45,7 +47,7 @@ PIPELINES = {
     "StableDiffusionDepth2Img": "a Stable Diffusion depth model",
     "StableDiffusionXL": "a Stable Diffusion XL checkpoint",
     "StableDiffusion3": "sd3",
-    "StableCascade": "stable-cascade",
+    "StableCascade": "stable_cascade",
     "Wuerstchen": "a Würstchen checkpoint",
     "Flux": "a Flux checkpoint",
     "PixArt": "a PixArt checkpoint",
@@ -53,7 +55,7 @@ PIPELINES = {
     "LatentConsistencyModel": "a latent consistency model",
 }
 
-TITLES = {**FAMILIES, "sd3": "Stable Diffusion 3", "stable-cascade": "Stable Cascade"}
+TITLES = {name: family.title for name, family in FAMILIES.items()} | {"sd3": "Stable Diffusion 3"}
 
 
 def by_tensors(names: Iterable[str]) -> str | None:
@@ -71,3 +73,9 @@ def by_index(index: Mapping[str, Any]) -> str | None:
 
 def title(kind: str) -> str:
     return f"a {TITLES[kind]} checkpoint" if kind in TITLES else kind
+
+
+def refuse_others(name: str, kind: str | None, family: str) -> None:
+    """Raises CheckpointError if the checkpoint `name` is of a known kind other than `family`."""
+    if kind not in (family, None):
+        raise CheckpointError(f"{name} is {title(kind)}, and {title(family)} is due here")

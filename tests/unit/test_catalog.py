@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
+import pytest
 import torch
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from backend import catalog
+from backend.cascade import unet as stages
+from backend.cascade.stage_a import StageA, StageAConfig
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
-from backend.sd15 import keys
-from backend.sd15.unet import UNet, UNetConfig
+from backend.sd15 import unet
+from backend.weights.base import keys_of
 
 
 def test_every_family_has_a_demo_first_and_a_published_checkpoint() -> None:
@@ -23,25 +33,45 @@ def test_every_family_has_a_demo_first_and_a_published_checkpoint() -> None:
 def test_names_are_found_in_their_own_family_alone() -> None:
     entry = catalog.entry("sd15", "sd15")
     assert entry is not None
-    assert entry.repository == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert entry.repositories == ("stable-diffusion-v1-5/stable-diffusion-v1-5",)
     assert catalog.entry("sd3", "sd15") is None
     assert catalog.entry("sd15", "nothing") is None
 
 
-def test_published_sizes_are_those_of_the_published_configs() -> None:
+@pytest.mark.parametrize(
+    ("family", "name", "build"),
+    [
+        ("sd15", "unet", lambda config: unet.UNet(unet.UNetConfig.from_dict(config))),
+        ("sd15", "vae", lambda config: Autoencoder(AutoencoderConfig.from_dict(config))),
+        *(
+            ("stable_cascade", name, lambda config: stages.UNet(stages.UNetConfig.from_dict(config)))
+            for name in ("prior", "prior_lite", "decoder", "decoder_lite")
+        ),
+        ("stable_cascade", "vqgan", lambda config: StageA(StageAConfig.from_dict(config))),
+        (
+            "stable_cascade",
+            "text_encoder",
+            lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+        ),
+        (
+            "stable_cascade",
+            "image_encoder",
+            lambda config: CLIPVisionModelWithProjection(CLIPVisionConfig(**config)),
+        ),
+    ],
+)
+def test_published_sizes_are_those_of_the_published_configs(family: str, name: str, build: Any) -> None:
     with torch.device("meta"):
-        built = {
-            "unet": UNet(UNetConfig.from_dict(keys.PUBLISHED["unet"])),
-            "vae": Autoencoder(AutoencoderConfig.from_dict(keys.PUBLISHED["vae"])),
-        }
-    sizes = catalog.published("sd15").parameters
-    for name, network in built.items():
-        assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == sizes[name]
+        network = build(keys_of(family).PUBLISHED[name])
+    size = catalog.published(family).parameters[name]
+    digits = len(str(size).partition(".")[2])
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, digits) == size
 
 
 def test_catalogue_and_sources_need_no_torch() -> None:
     code = (
-        "import sys, backend.catalog, backend.weights.source, backend.sd15.keys;"
+        "import sys, backend.catalog, backend.weights.source, backend.sd15.keys, backend.cascade.keys;"
+        "import backend.cascade.defaults;"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

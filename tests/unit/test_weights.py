@@ -25,10 +25,13 @@ from backend.sd15.unet import UNet, UNetConfig
 from backend.settings import Settings
 from backend.text.encoders import load_clip_text, load_tokenizer
 from backend.weights.files import open_tensors, read_json, shapes
+from backend.weights.folder import FolderSource, choose_weights
 from backend.weights.hub import pasted_url
 from backend.weights.keymap import place
 from backend.weights.load import load_module
-from backend.weights.source import FileSource, FolderSource, HubSource, choose_weights, resolve
+from backend.weights.remote import HubSource
+from backend.weights.single import FileSource
+from backend.weights.source import resolve
 from tests.checkpoints import original_unet, original_vae, sd15_folder, sd15_single_file
 
 CPU = torch.device("cpu")
