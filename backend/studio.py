@@ -316,7 +316,7 @@ class Studio:
 
 
 def _room(family: str, module: str) -> ModuleType:
-    """A module of the family's room, imported at first use: pipelines need torch, and the page must not wait."""
+    """A module of the family's room, imported at first use: some need torch, and the page must not wait."""
     return import_module(f"{catalog.FAMILIES[family].room}.{module}")
 
 
