@@ -55,3 +55,16 @@ def postcards(count: int, *, seed: int, held_out: bool = False) -> Postcards:
         np.save(pixel_file, pixels)
         np.save(box_file, boxes)
     return Postcards(pixels=np.load(pixel_file, mmap_mode="r"), boxes=np.load(box_file), scenes=scenes)
+
+
+def box_weights(boxes: Tensor, side: int, extra: float) -> Tensor:
+    """(N, 4) boxes in pixels → (N, 1, side, side) weights of mean 1, higher in the box.
+
+    A cell that the box touches counts `1 + extra` times as much as one outside."""
+    pixels = SIZE / side
+    cells = torch.arange(side) * pixels
+    left, top, right, bottom = (edge[:, None] for edge in boxes.unbind(1))
+    across = (cells + pixels > left) & (cells < right)
+    down = (cells + pixels > top) & (cells < bottom)
+    weights = 1 + extra * (down[:, :, None] & across[:, None, :]).float()
+    return (weights / weights.mean((1, 2), keepdim=True))[:, None]

@@ -217,6 +217,18 @@ def vocabulary() -> list[str]:
     return sorted({word for sentence in sentences for word in sentence.replace("-", " ").split()})
 
 
+def known_words() -> dict[str, tuple[str, ...]]:
+    """What a prompt can ask for, as `triptych.json` lists it for the page."""
+    return {
+        "times": TIMES,
+        "lands": LANDS,
+        "subjects": SUBJECTS,
+        "colours": COLOURS,
+        "places": PLACES,
+        "sky": (*SKIES, "clouds", "stars"),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Palettes
 

@@ -1,4 +1,4 @@
-"""The demo text side: a byte-level BPE tokenizer, a token per caption word, and a small CLIP text model."""
+"""The demo text side: a byte-level BPE tokenizer, a token per caption word, and small CLIP text models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from training.loop import Losses, Recipe, fit
-from training.postcards import ATTRIBUTES, caption, random_scene, vocabulary
+from training.postcards import ATTRIBUTES, WORDS_LEFT_OUT, Scene, caption, random_scene, vocabulary
 
 TOKENS = 32
 COUNTS = [len(values) for values in ATTRIBUTES.values()]
@@ -112,6 +112,11 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return padded["input_ids"]
 
 
+def words_for(scene: Scene, rng: random.Random, dropout: float) -> str:
+    """A caption, or now and then none: what guidance leads away from."""
+    return "" if rng.random() < dropout else caption(scene, rng)
+
+
 def attribute_head(text_model: CLIPTextModel) -> nn.Linear:
     """From the pooled text to a score for each value of each attribute: (B, D) → (B, 29)."""
     return nn.Linear(text_model.config.hidden_size, sum(COUNTS))
@@ -152,3 +157,57 @@ def warm_up(
 
     fit(reader, losses_at, recipe, checkpoint)
     return text_model
+
+
+class ProjectedReader(nn.Module):
+    """The text model as Stable Cascade reads it, with heads that name the attributes: one from the projected
+    pooled text, one from the tokens before the final norm. Only for the training."""
+
+    def __init__(self, text_model: CLIPTextModelWithProjection) -> None:
+        super().__init__()
+        self.text_model = text_model
+        width, projected = text_model.config.hidden_size, text_model.text_projection.out_features
+        self.pooled_head = nn.Linear(projected, sum(COUNTS) + 1)
+        self.token_head = nn.Linear(width, sum(COUNTS) + 1)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, 32) → attribute scores (B, 29), and that of clouds, from both: (B, 30) twice."""
+        pooled, tokens = pooled_and_tokens(self.text_model, ids)
+        return self.pooled_head(pooled), self.token_head(
+            functional.layer_norm(tokens, tokens.shape[2:]).mean(1)
+        )
+
+
+def pooled_and_tokens(text_model: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The projected pooled text (B, D) and the tokens before the final norm (B, 32, W)."""
+    output = text_model(input_ids=ids, output_hidden_states=True)
+    return output.text_embeds, output.hidden_states[-1]
+
+
+def teach_reading(
+    text_model: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, recipe: Recipe, checkpoint: Path
+) -> CLIPTextModelWithProjection:
+    """Teaches the text model all that captions say, for it stays as it is while denoisers learn from it.
+
+    Half of the captions say everything: how many attributes are read right is measured on them.
+    """
+    reader = ProjectedReader(text_model)
+
+    def losses_at(_: int, generator: torch.Generator) -> Losses:
+        rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
+        scenes = [random_scene(rng) for _ in range(64)]
+        texts = [
+            caption(scene, rng, left_out=WORDS_LEFT_OUT * (index % 2)) for index, scene in enumerate(scenes)
+        ]
+        labels = torch.tensor([scene.labels() for scene in scenes])
+        clouds = torch.tensor([float(scene.clouds) for scene in scenes])
+        losses, right = [], []
+        for scores in reader(token_ids(tokenizer, texts)):
+            losses.append(attribute_loss(scores[:, :-1], labels))
+            losses.append(functional.binary_cross_entropy_with_logits(scores[:, -1], clouds))
+            best = torch.stack([part.argmax(1) for part in scores[:, :-1].split(COUNTS, 1)], 1)
+            right.append((best == labels)[::2].float().mean())
+        return {"loss": torch.stack(losses).sum(), "pooled": right[0], "tokens": right[1]}
+
+    fit(reader, losses_at, recipe, checkpoint)
+    return text_model.eval()

@@ -21,10 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.sd15.unet import UNet, UNetConfig
-from training.data import CACHE, Postcards, postcards
+from training.data import CACHE, Postcards, box_weights, postcards
 from training.hub import DEMO, write_component, write_json
 from training.loop import Losses, Recipe, Weights, fit, log
-from training.postcards import COLOURS, LANDS, PLACES, SKIES, SUBJECTS, TIMES, Scene, caption
+from training.postcards import known_words
 from training.text import (
     attribute_head,
     attribute_loss,
@@ -32,6 +32,7 @@ from training.text import (
     text_config,
     token_ids,
     warm_up,
+    words_for,
 )
 from training.vae import train_autoencoder, train_decoder
 
@@ -222,13 +223,18 @@ def train_unet() -> None:
         {name.removeprefix(prefix): value for name, value in reader.items() if name.startswith(prefix)}
     )
     model.head.load_state_dict({name: reader[f"head.{name}"] for name in ("weight", "bias")})
-    latents, weights = trained_latents()["latents"], box_weights(torch.from_numpy(shown().boxes))
+    latents, weights = (
+        trained_latents()["latents"],
+        box_weights(torch.from_numpy(shown().boxes), 16, BOX_WEIGHT),
+    )
     scenes, labels, signal = shown().scenes, shown().labels(), alphas_cumprod()
 
     def losses_at(_: int, generator: torch.Generator) -> Losses:
         rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
         indices = torch.randint(len(scenes), (BATCH,), generator=generator)
-        ids = token_ids(tokenizer(), [words_for(scenes[index], rng) for index in indices.tolist()])
+        ids = token_ids(
+            tokenizer(), [words_for(scenes[index], rng, CAPTION_DROPOUT) for index in indices.tolist()]
+        )
         # Stratified, for less noise in the loss. Every other one is from the noisiest fifth: only there is it
         # still open where things are, for the text to decide.
         spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
@@ -257,20 +263,6 @@ def train_unet() -> None:
         CACHE / "sd15-unet.pt",
         on_save=lambda _, averaged: write_networks(averaged),
     )
-
-
-def words_for(scene: Scene, rng: random.Random) -> str:
-    return "" if rng.random() < CAPTION_DROPOUT else caption(scene, rng)
-
-
-def box_weights(boxes: Tensor) -> Tensor:
-    """(N, 4) boxes in pixels → (N, 1, 16, 16) weights of mean 1, higher where a cell is in the box."""
-    cells = torch.arange(16) * 8.0
-    left, top, right, bottom = (side[:, None] for side in boxes.unbind(1))
-    across = (cells + 8 > left) & (cells < right)
-    down = (cells + 8 > top) & (cells < bottom)
-    weights = 1 + BOX_WEIGHT * (down[:, :, None] & across[:, None, :]).float()
-    return (weights / weights.mean((1, 2), keepdim=True))[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -316,11 +308,10 @@ def export() -> None:
     write_json(FOLDER / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     write_json(FOLDER / "model_index.json", MODEL_INDEX)
     rgb = [[round(value, 4) for value in row] for row in fitted["rgb"].tolist()]
-    vocabulary = {"times": TIMES, "lands": LANDS, "subjects": SUBJECTS, "colours": COLOURS, "places": PLACES}
     settings = {
         "defaults": DEFAULTS,
         "latent_rgb": {"factors": rgb[:4], "bias": rgb[4]},
-        "vocabulary": vocabulary | {"sky": (*SKIES, "clouds", "stars")},
+        "vocabulary": known_words(),
         "examples": EXAMPLES,
     }
     write_json(FOLDER / "triptych.json", settings)

@@ -1,0 +1,54 @@
+"""Training the demo Stage A: crops of postcards in, the same out, through latents that bear some noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from backend.cascade.stage_a import MixingBlock, StageA
+from training.data import Postcards
+from training.loop import Losses, Recipe, fit
+from training.vae import CROPS, crops, reconstruction_loss
+
+LATENT_NOISE = 0.15  # of the latents' spread, at most: Stage B's latents will never be exact
+SHARES = 0.4
+
+
+def start(model: StageA) -> StageA:
+    """Published blocks begin with shares of nothing, which would keep their layers from learning at all."""
+    for block in model.modules():
+        if isinstance(block, MixingBlock):
+            with torch.no_grad():
+                block.gammas[2::3] = SHARES
+    return model
+
+
+def train_stage_a(model: StageA, shown: Postcards, recipe: Recipe, checkpoint: Path) -> StageA:
+    """Once the latents' statistics have settled (at half of the steps), the running ones take over."""
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+    def losses_at(step: int, generator: torch.Generator) -> Losses:
+        norm.train(step < recipe.steps // 2)
+        indices = torch.randint(len(shown), (CROPS,), generator=generator)
+        pixels = crops(shown.batch(indices), torch.from_numpy(shown.boxes)[indices], 0.65, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = model.encode((pixels + 1) / 2).float()
+            drawn = model.decode(roughened(latents, latents.detach().std(), generator)).float() * 2 - 1
+        return {"loss": reconstruction_loss(drawn, pixels), **likeness(drawn, pixels)}
+
+    return fit(start(model), losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
+
+
+def roughened(latents: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents (B, 4, h, w) with up to `LATENT_NOISE` of noise, another strength for each picture."""
+    strength = LATENT_NOISE * torch.rand((len(latents), 1, 1, 1), generator=generator)
+    return latents + spread * strength * torch.randn(latents.shape, generator=generator)
+
+
+def likeness(drawn: Tensor, pixels: Tensor) -> Losses:
+    """Peak signal-to-noise ratio in dB of what is shown of `drawn`; both in [-1, 1]."""
+    squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
+    return {"psnr": 10 * torch.log10(4 / squared)}
