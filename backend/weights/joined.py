@@ -12,6 +12,7 @@ from backend.events import Loading
 from backend.weights.base import Source, alternatives, companion_of, keys_of
 from backend.weights.files import Shapes
 from backend.weights.folder import read_extras
+from backend.weights.remote import HubSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +43,9 @@ class JoinedSource(Source):
 
     def fetch(self, components: Iterable[str], dtype: str, *, weights: bool = True) -> Iterator[Loading]:
         components = list(components)
-        for source in list(self._shares(components)):  # first what tells what each holds
-            yield from source.fetch([], dtype, weights=False)
+        for source in self.sources:
+            if isinstance(source, HubSource) and source.guessed:  # its index tells what it is to give
+                yield from source.fetch([], dtype, weights=False)
         for source, share in self._shares(components).items():
             yield from source.fetch(share, dtype, weights=weights)
 
@@ -88,6 +90,11 @@ class JoinedSource(Source):
         return shares
 
     def _offering(self, component: str) -> Source | None:
+        for network in self._keys.COMPONENTS:
+            if companion_of(network) == component:  # a tokenizer comes with its text encoder
+                source = self._offering(network)
+                if source is not None and source.has(component):
+                    return source
         names = alternatives(self._keys, component)
         return next((source for source in self.sources if any(map(source.has, names))), None)
 

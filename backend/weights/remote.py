@@ -54,6 +54,11 @@ class HubSource(Source):
                 self._found = FileSource(self.name, self.family, [path], self._complement, self._standard)
         return self._found
 
+    @property
+    def guessed(self) -> bool:
+        """Whether it is not known yet which pipeline the repository holds."""
+        return self.file is None and self.local is None and self._entry() is None
+
     def fetch(self, components: Iterable[str], dtype: str, *, weights: bool = True) -> Iterator[Loading]:
         components = list(components)
         if self.file is not None:

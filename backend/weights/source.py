@@ -39,7 +39,7 @@ def resolve(checkpoint: str, family: str, settings: Settings, config_from: str |
     complement = None
     if config_from:
         found = _find(config_from, family, settings, None)
-        if found.single:
+        if found.single and found.root is None:
             raise InvalidRequest(f"config_from is {config_from!r}; it can be a folder or a hub repository")
         complement = found.joined(family)
     found = _find(checkpoint, family, settings, complement)
@@ -53,7 +53,10 @@ def resolve(checkpoint: str, family: str, settings: Settings, config_from: str |
 
 @dataclass(frozen=True)
 class _Found:
-    """What a text names: one source, or those of a release in parts; `single` if it is of original files."""
+    """What a text names: one source, or those of a release in parts.
+
+    `root` is the folder that holds it; `single` one of original files, which takes what it lacks by itself.
+    """
 
     name: str
     sources: list[Source]

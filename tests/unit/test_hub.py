@@ -15,7 +15,9 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from backend.cascade import keys as cascade_keys
 from backend.errors import AccessError, CheckpointError, InvalidRequest
 from backend.events import Loading
 from backend.sd15 import keys
@@ -23,7 +25,7 @@ from backend.settings import Settings
 from backend.text.encoders import load_tokenizer
 from backend.weights import hub
 from backend.weights.source import Source, resolve
-from tests.checkpoints import sd15_folder, sd15_single_file
+from tests.checkpoints import cascade_folder, cascade_single_files, sd15_folder, sd15_single_file
 
 NETWORKS = keys.COMPONENTS
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -385,3 +387,144 @@ def test_the_shard_index_of_a_repository_leads_nowhere_else(
     server.folders["owner/evil"] = spoilt
     with pytest.raises(CheckpointError, match="can name weight files beside it only"):
         fetch(source(tmp_path, "owner/evil"))
+
+
+# --- releases in parts -------------------------------------------------------------------------------------
+
+PRIOR, DECODER = "stabilityai/stable-cascade-prior", "stabilityai/stable-cascade"
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Cascade, with files in bfloat16 beside the plain ones of the stages."""
+    folder = cascade_folder(tmp_path_factory.mktemp("cascade") / "tiny")
+    for file in folder.rglob("*/diffusion_pytorch_model.safetensors"):
+        half = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+        if file.parent.name != "vqgan":  # as published
+            save_file(half, file.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def cascade_hub(server: Hub, halves: Path) -> Hub:
+    for name in (PRIOR, DECODER):
+        server.folders[name] = halves / name.partition("/")[2]
+    return server
+
+
+def cascade(tmp_path: Path, checkpoint: str = "stable-cascade", config_from: str | None = None) -> Source:
+    settings = Settings(home=tmp_path, models_dir=tmp_path / "models")
+    return resolve(checkpoint, "stable_cascade", settings, config_from)
+
+
+def weights(server: Hub) -> set[str]:
+    """The folders whose weights were downloaded, and which variant."""
+    paths = (path for method, path, _ in server.requests if method == "GET" and path.endswith(".safetensors"))
+    return {f"{Path(path).parent.name}{'.bf16' if 'bf16' in path else ''}" for path in paths}
+
+
+def test_both_halves_of_a_release_are_downloaded(cascade_hub: Hub, halves: Path, tmp_path: Path) -> None:
+    unseen = cascade(tmp_path)
+    assert unseen.config("prior_lite")["block_out_channels"] == [1536, 1536]
+    assert unseen.parameter_bytes("decoder", "bfloat16") == 2 * 1_562_900_000
+    assert all(
+        unseen.has(name) for name in cascade_keys.PUBLISHED if name not in ("effnet_encoder", "previewer")
+    )
+    assert not unseen.has("previewer")
+    assert not unseen.present(["prior"], "bfloat16")
+    assert cascade_hub.requests == []
+
+    wanted = ("prior_lite", "text_encoder", "decoder", "vqgan")
+    events = list(unseen.fetch(wanted, "bfloat16"))
+    assert {event.component for event in events} == {
+        *wanted, "checkpoint", "tokenizer", "scheduler", "prior_scheduler",
+    }  # fmt: skip
+    assert weights(cascade_hub) == {"prior_lite.bf16", "text_encoder", "decoder.bf16", "vqgan"}
+
+    seen, local = cascade(tmp_path), resolve(str(halves), "stable_cascade", Settings(home=tmp_path))
+    assert seen.present([*wanted, "tokenizer", "scheduler", "prior_scheduler"], "bfloat16")
+    assert not seen.present(["prior"], "bfloat16")
+    for name in wanted:
+        ours, theirs = seen.tensors(name, "bfloat16"), local.tensors(name, "bfloat16")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert seen.parameter_bytes(name, "float32") == local.parameter_bytes(name, "float32")
+    assert seen.config("prior")["block_out_channels"] == [128, 128]  # small files come for all
+    assert load_tokenizer(seen)("a red house").input_ids == load_tokenizer(local)("a red house").input_ids
+    cascade_hub.requests.clear()
+    assert list(cascade(tmp_path).fetch(wanted, "bfloat16")) == []
+    assert cascade_hub.requests == []
+    assert list(seen.fetch(["image_encoder"], "bfloat16"))
+    assert weights(cascade_hub) == {"image_encoder"}
+    assert seen.config("feature_extractor")["size"] == {"shortest_edge": 28}
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("float16", ".bf16"), ("float32", "")])
+def test_the_variant_that_suits_the_run_is_downloaded(
+    cascade_hub: Hub, tmp_path: Path, dtype: str, kept: str
+) -> None:
+    assert list(cascade(tmp_path).fetch(["decoder_lite"], dtype))
+    assert weights(cascade_hub) == {f"decoder_lite{kept}"}
+    assert not any(path.startswith(f"api/models/{PRIOR}") for _, path, _ in cascade_hub.requests)
+
+
+@pytest.mark.parametrize("name", ["owner/my-prior", "owner/mine"])  # the second looks like a decoder at first
+def test_a_half_of_somebodys_is_completed_by_the_published_one(
+    cascade_hub: Hub, halves: Path, tmp_path: Path, name: str
+) -> None:
+    mine = shutil.copytree(halves / "stable-cascade-prior", tmp_path / "mine")
+    shutil.rmtree(mine / "prior_lite")
+    shutil.rmtree(mine / "text_encoder")
+    cascade_hub.folders[name] = mine
+    wanted = ("prior", "text_encoder", "decoder_lite", "vqgan")
+    assert all(map(cascade(tmp_path, name).has, ("prior", "decoder", "vqgan", "text_encoder")))
+    assert list(cascade(tmp_path, name).fetch(wanted, "float32"))
+    whole = cascade(tmp_path, name)
+    assert whole.present(wanted, "float32")
+    assert f"models--{name.replace('/', '--')}" in str(whole.files("prior", "float32")[1])
+    assert "models--stabilityai--stable-cascade" in str(whole.files("decoder_lite", "float32")[1])
+    assert "models--stabilityai--stable-cascade" in str(whole.files("text_encoder", "float32")[1])
+    assert not whole.has("prior_lite")  # the published one is no smaller form of somebody's
+    assert whole.has("decoder")
+    assert load_tokenizer(whole)("a").input_ids
+
+
+def test_the_name_of_either_half_means_the_whole(cascade_hub: Hub, tmp_path: Path) -> None:
+    for name in (PRIOR, DECODER, f"{cascade_hub.url}/{DECODER}"):
+        assert all(map(cascade(tmp_path, name).has, ("prior_lite", "decoder_lite", "vqgan", "image_encoder")))
+    assert list(cascade(tmp_path, DECODER).fetch(["prior_lite", "vqgan"], "float32"))
+    assert cascade(tmp_path, PRIOR).present(["prior_lite", "vqgan"], "float32")
+
+
+def test_half_a_folder_takes_the_other_half_from_the_hub(
+    cascade_hub: Hub, halves: Path, tmp_path: Path
+) -> None:
+    whole = cascade(tmp_path, str(halves / "stable-cascade-prior"), config_from=DECODER)
+    assert list(whole.fetch(["prior", "text_encoder", "decoder", "vqgan"], "bfloat16"))
+    assert weights(cascade_hub) == {"decoder.bf16", "vqgan"}
+
+
+def test_a_pasted_url_of_an_original_file(cascade_hub: Hub, halves: Path, tmp_path: Path) -> None:
+    cascade_single_files(tmp_path / "original", halves)
+    cascade_hub.folders["owner/files"] = tmp_path / "original"
+    url = f"{cascade_hub.url}/owner/files/blob/main/stage_c.safetensors"
+    unseen = cascade(tmp_path, url)
+    assert all(map(unseen.has, ("prior", "decoder", "text_encoder")))
+    assert unseen.parameter_bytes("prior", "float16") == 2 * 3_589_100_000
+    assert list(unseen.fetch(["prior", "text_encoder", "decoder_lite", "vqgan"], "float32"))
+    assert weights(cascade_hub) == {COMMIT, "text_encoder", "decoder_lite", "vqgan"}
+    seen, local = cascade(tmp_path, url), resolve(str(halves), "stable_cascade", Settings(home=tmp_path))
+    ours, theirs = seen.tensors("prior", "float32"), local.tensors("prior", "float32")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert seen.present(["text_encoder", "decoder_lite", "vqgan", "tokenizer"], "float32")
+    assert not seen.has("prior_lite")
+
+
+def test_a_half_of_another_family_is_refused_before_its_weights_are_downloaded(
+    cascade_hub: Hub, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        CheckpointError, match="owner/tiny is a Stable Diffusion 1.5 checkpoint, and a Stable C"
+    ):
+        list(cascade(tmp_path, "owner/tiny").fetch(["prior", "vqgan"], "float32"))
+    assert weights(cascade_hub) == set()
