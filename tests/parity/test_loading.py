@@ -5,21 +5,32 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.models.unets.unet_stable_cascade import StableCascadeUNet
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
+from backend.cascade import unet as stages
+from backend.cascade.stage_a import StageA, StageAConfig
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.sd15.unet import UNet, UNetConfig
 from backend.settings import Settings
-from backend.text.encoders import load_clip_text, load_tokenizer
+from backend.text.encoders import (
+    load_clip_text,
+    load_clip_vision,
+    load_projected_clip_text,
+    load_tokenizer,
+)
 from backend.weights.load import load_module
 from backend.weights.source import Source, resolve
-from tests.checkpoints import sd15_folder, sd15_single_file
+from tests.checkpoints import cascade_folder, cascade_single_files, sd15_folder, sd15_single_file
 
 CPU = torch.device("cpu")
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -131,3 +142,70 @@ def test_pickled_folders_load_as_the_reference_loads_them(tmp_path: Path) -> Non
     assert all(
         torch.equal(ours["unet"].state_dict()[key], value) for key, value in reference.state_dict().items()
     )
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cascade_folder(tmp_path_factory.mktemp("cascade") / "tiny")
+
+
+CASCADE = {
+    "prior": "stable-cascade-prior",
+    "prior_lite": "stable-cascade-prior",
+    "decoder": "stable-cascade",
+    "decoder_lite": "stable-cascade",
+}
+
+
+@pytest.mark.parametrize("name", CASCADE)
+def test_cascades_folders_load_as_the_reference_loads_them(cascade: Path, tmp_path: Path, name: str) -> None:
+    source = resolve(str(cascade), "stable_cascade", Settings(home=tmp_path))
+    reference = StableCascadeUNet.from_pretrained(cascade / CASCADE[name], subfolder=name)
+    compare({name: load_stage(source, name)}, SimpleNamespace(**{name: reference}))
+
+
+@pytest.mark.parametrize("name", CASCADE)
+def test_cascades_original_files_load_as_the_reference_loads_them(
+    cascade: Path, tmp_path: Path, name: str
+) -> None:
+    files = cascade_single_files(tmp_path / "files", cascade)
+    source = resolve(str(files), "stable_cascade", Settings(home=tmp_path))
+    stage = name.replace("prior", "stage_c").replace("decoder", "stage_b")
+    reference = StableCascadeUNet.from_single_file(
+        str(files / f"{stage}.safetensors"), config=str(cascade / CASCADE[name]), subfolder=name
+    )
+    compare({name: load_stage(source, name)}, SimpleNamespace(**{name: reference}))
+
+
+def load_stage(source: Source, name: str) -> nn.Module:
+    config = stages.UNetConfig.from_dict(source.config(name))
+    return load_module(
+        lambda: stages.UNet(config), source.tensors(name, "float32"),
+        dtype=torch.float32, device=CPU, what=name,
+    )  # fmt: skip
+
+
+def test_cascades_other_networks_load_as_the_reference_loads_them(cascade: Path, tmp_path: Path) -> None:
+    source = resolve(str(cascade), "stable_cascade", Settings(home=tmp_path))
+    prior, decoder = cascade / "stable-cascade-prior", cascade / "stable-cascade"
+    config = StageAConfig.from_dict(source.config("vqgan"))
+    ours: dict[str, nn.Module] = {
+        "vqgan": load_module(
+            lambda: StageA(config), source.tensors("vqgan", "float32"),
+            dtype=torch.float32, device=CPU, what="vqgan",
+        ),
+        "text_encoder": load_projected_clip_text(source, "text_encoder", torch.float32, CPU),
+        "image_encoder": load_clip_vision(source, "image_encoder", torch.float32, CPU),
+    }  # fmt: skip
+    reference = SimpleNamespace(
+        vqgan=PaellaVQModel.from_pretrained(decoder, subfolder="vqgan"),
+        text_encoder=CLIPTextModelWithProjection.from_pretrained(prior, subfolder="text_encoder"),
+        image_encoder=CLIPVisionModelWithProjection.from_pretrained(prior, subfolder="image_encoder"),
+    )
+    compare(ours, reference)
+    texts = ["a red house on green hills", ""]
+    tokens = load_tokenizer(source)(texts, padding="max_length", max_length=77, truncation=True)
+    ids = torch.tensor(tokens.input_ids)
+    with torch.no_grad():
+        mine, theirs = ours["text_encoder"](ids), reference.text_encoder(ids)
+    torch.testing.assert_close(mine.text_embeds, theirs.text_embeds, rtol=0, atol=0)
