@@ -130,11 +130,13 @@ def read_extras(root: Path, family: str) -> dict[str, Any]:
     """The triptych.json of a folder, {} without one. Raises CheckpointError for one that cannot be used."""
     path = root / "triptych.json"
     extras = read_json(path) if path.is_file() else {}
-    rgb, stages = extras.get("latent_rgb"), keys_of(family).LATENT_STAGES
-    if stages and isinstance(rgb, dict):
-        fits = set(rgb) <= set(stages) and all(map(_is_linear_map, rgb.values()))
+    stages = keys_of(family).LATENT_STAGES
+    if stages:
+        rgb = extras.get("latent_rgb", {})
+        fits = isinstance(rgb, dict) and set(rgb) <= set(stages) and all(map(_is_linear_map, rgb.values()))
     else:
-        fits = rgb is None or (not stages and _is_linear_map(rgb))
+        rgb = extras.get("latent_rgb")
+        fits = rgb is None or _is_linear_map(rgb)
     if not isinstance(extras.get("defaults", {}), dict) or not fits:
         each = f", for each of {' and '.join(stages)}," if stages else ""
         raise CheckpointError(

@@ -325,6 +325,23 @@ def test_a_tokenizer_may_lie_beside_the_text_encoder(loose: Path) -> None:
     assert loose / "text_encoder/model.safetensors" not in read.files("tokenizer", "float32")
 
 
+def test_one_network_of_a_folder_is_a_single_file_too(folder: Path) -> None:
+    whole = source(folder / PRIOR / "prior" / PLAIN, folder)
+    assert same(load(whole, "prior").state_dict(), load(source(folder), "prior").state_dict())
+
+
+def test_a_whole_clip_gives_its_image_encoder(folder: Path, files: Path, loose: Path) -> None:
+    words = load_file(
+        loose / "text_encoder/model.safetensors"
+    )  # of another kind than Cascade's, as published
+    spoil(
+        loose / "image_encoder.safetensors", lambda t: t.update({**words, "logit_scale": torch.tensor(1.0)})
+    )
+    read = source(loose)
+    assert same(read.tensors("image_encoder", "float32"), source(folder).tensors("image_encoder", "float32"))
+    assert read.files("text_encoder", "float32") == [loose / "text_encoder/model.safetensors"]
+
+
 def test_config_from_is_no_single_file(files: Path) -> None:
     with pytest.raises(InvalidRequest, match="it can be a folder or a hub repository"):
         source(files / "stage_c.safetensors", files / "stage_b.safetensors")
@@ -524,6 +541,7 @@ def test_defaults_and_extras(broken: Path, files: Path) -> None:
         {"latent_rgb": {"stage_c": {"factors": [[1, 0]], "bias": [0, 0, 0]}}},
         {"latent_rgb": {"stage_d": RGB}},
         {"latent_rgb": []},
+        {"latent_rgb": None},
     ],
 )
 def test_extras_that_cannot_be_used_are_refused(broken: Path, extras: Any) -> None:

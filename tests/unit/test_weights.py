@@ -668,6 +668,13 @@ def test_paths_that_hold_no_checkpoint_say_so(
         load_tokenizer(source)
 
 
+def test_sources_say_what_they_have(folder: Path, single: Path, tmp_path: Path) -> None:
+    for text in (str(folder), str(single), "sd15", "somebody/some-model"):
+        source = resolve(text, "sd15", settings(tmp_path), config_from=str(folder))
+        assert all(map(source.has, (*keys.COMPONENTS, "tokenizer", "scheduler")))
+        assert not source.has("image_encoder")
+
+
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="family is 'sd9'; it can be sd15"):
         resolve("demo", "sd9", settings(tmp_path))
