@@ -25,7 +25,9 @@ FLAGS = (
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with hub() as endpoint, serving(tmp_path_factory.mktemp("app"), HF_ENDPOINT=endpoint) as server:
+    # One thread: on a machine that is busy already, two wait for each other most of the time.
+    folder = tmp_path_factory.mktemp("app")
+    with hub() as endpoint, serving(folder, HF_ENDPOINT=endpoint, OMP_NUM_THREADS="1") as server:
         yield server
 
 
