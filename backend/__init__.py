@@ -10,7 +10,7 @@ from backend.errors import (
     TriptychError,
 )
 from backend.memory.hardware import Hardware
-from backend.requests import SD15Request
+from backend.requests import SD15Request, StableCascadeRequest
 from backend.settings import Settings
 from backend.studio import Studio
 
@@ -23,6 +23,7 @@ __all__ = [
     "OutOfMemory",
     "SD15Request",
     "Settings",
+    "StableCascadeRequest",
     "StorageError",
     "Studio",
     "TriptychError",

@@ -22,6 +22,7 @@ from backend.version import VERSION
 
 NEGATIVE = "Negative prompt:"
 EXACT_PROMPT, EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
+WUERSTCHEN = "DDPM Wuerstchen"  # Stable Cascade's only sampler
 KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
 FEWEST_FIELDS = 3  # a last line with fewer belongs to the prompt
 
@@ -68,18 +69,18 @@ def parse(text: str) -> Infotext:
 
 
 def describe(settings: Mapping[str, Any], seed: int) -> str:
-    """The text of one picture, from a result's settings (SD1.5) and the picture's own seed."""
-    sampler = SAMPLER_INFO.get(settings["sampler"])
+    """The text of one picture, from a result's settings and the picture's own seed."""
+    family = _cascade if "prior_steps" in settings else _single_stage
+    steps, further = family(settings)
     return write(
         settings["prompt"],
         settings["negative_prompt"],
         {
-            "Steps": settings["steps"],
-            "Sampler": sampler.label if sampler else settings["sampler"],
-            "CFG scale": settings["guidance_scale"],
+            **steps,
             "Seed": seed,
             "Size": f"{settings['width']}x{settings['height']}",
             "Model": _model_name(settings["checkpoint"]),
+            **further,
             "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,
             "Raw prompt": True if settings.get("raw_prompt") else None,
             "Version": f"Triptych {VERSION}",
@@ -87,25 +88,63 @@ def describe(settings: Mapping[str, Any], seed: int) -> str:
     )
 
 
+Fields = dict[str, Any]
+
+
+def _single_stage(settings: Mapping[str, Any]) -> tuple[Fields, Fields]:
+    sampler = SAMPLER_INFO.get(settings["sampler"])
+    return {
+        "Steps": settings["steps"],
+        "Sampler": sampler.label if sampler else settings["sampler"],
+        "CFG scale": settings["guidance_scale"],
+    }, {}
+
+
+def _cascade(settings: Mapping[str, Any]) -> tuple[Fields, Fields]:
+    """The fields that every tool reads tell of Stage C, which composes; further ones of Stage B."""
+    return {
+        "Steps": settings["prior_steps"],
+        "Sampler": WUERSTCHEN,
+        "CFG scale": settings["prior_guidance_scale"],
+    }, {
+        "Decoder steps": settings["decoder_steps"],
+        "Decoder CFG scale": settings["decoder_guidance_scale"],
+        "Stage C": settings["stage_c"],
+        "Stage B": settings["stage_b"],
+        "Image prompts": len(settings["images"]) or None,
+    }
+
+
 def restore(text: str) -> dict[str, Any]:
     """The request fields that a text tells, under their names; what is missing or makes no sense is left out.
 
-    The checkpoint is told only by Triptych's own pictures, and only where its name says where it is.
+    The checkpoint is told only by Triptych's own pictures, and only where its name says where it is. Image
+    prompts cannot be told.
     """
     info = parse(text)
     fields = info.fields
     width, _, height = fields.get("Size", "").partition("x")
+    cascade = "Decoder steps" in fields
+    steps, guidance = ("prior_steps", "prior_guidance_scale") if cascade else ("steps", "guidance_scale")
     told: dict[str, Any] = {
         "prompt": info.prompt,
         "negative_prompt": info.negative_prompt,
-        "steps": _number(int, fields.get("Steps")),
-        "sampler": _sampler(fields.get("Sampler", ""), fields.get("Schedule type", "")),
-        "guidance_scale": _number(float, fields.get("CFG scale")),
+        steps: _number(int, fields.get("Steps")),
+        guidance: _number(float, fields.get("CFG scale")),
         "seed": _number(int, fields.get("Seed")),
         "width": _number(int, width),
         "height": _number(int, height),
         "raw_prompt": True if fields.get("Raw prompt") == "True" else None,
     }
+    if cascade:
+        told |= {
+            "decoder_steps": _number(int, fields.get("Decoder steps")),
+            "decoder_guidance_scale": _number(float, fields.get("Decoder CFG scale")),
+            "stage_c": _stage(fields.get("Stage C")),
+            "stage_b": _stage(fields.get("Stage B")),
+        }
+    else:
+        told["sampler"] = _sampler(fields.get("Sampler", ""), fields.get("Schedule type", ""))
     if clip_skip := _number(int, fields.get("Clip skip")):
         told["clip_skip"] = clip_skip - 1
     model = fields.get("Model", "")
@@ -171,6 +210,10 @@ def _sampler(label: str, schedule: str) -> str | None:
         name: name for name in SAMPLER_INFO
     }
     return names.get(f"{label} {schedule}".strip().lower()) or names.get(label.lower())
+
+
+def _stage(told: str | None) -> str | None:
+    return told if told in ("full", "lite") else None
 
 
 def _number(kind: type[int] | type[float], text: str | None) -> float | None:

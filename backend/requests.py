@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from backend.errors import InvalidRequest
+from backend.image_prompts import ImagePrompt
 from backend.sampling.catalog import SAMPLER_INFO
 
 MAX_SEED = 2**32 - 1
@@ -86,7 +87,58 @@ class SD15Request(Request):
             choice(self, "sampler", tuple(SAMPLER_INFO))
 
 
-REQUESTS: dict[str, type[Request]] = {SD15Request.family: SD15Request}
+STAGES = ("auto", "full", "lite")
+MOST_IMAGES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableCascadeRequest(Request):
+    """Stable Cascade: Stage C (the prior) composes, Stage B (the decoder) draws; each has `steps` 1 to 150
+    and a `guidance_scale` 0 to 30, and is "full" or "lite".
+
+    `stages` chooses for both, `stage_c` and `stage_b` for one of them; "auto" goes by memory. `images` are 0
+    to 4 pictures, files or data URLs to make variations of, beside the prompt or without one.
+    """
+
+    family: ClassVar[str] = "stable_cascade"
+    size_multiple: ClassVar[int] = 64
+
+    prior_steps: int | None = None
+    prior_guidance_scale: float | None = None
+    decoder_steps: int | None = None
+    decoder_guidance_scale: float | None = None
+    stages: str = "auto"
+    stage_c: str | None = None
+    stage_b: str | None = None
+    images: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for stage in ("prior", "decoder"):
+            if getattr(self, f"{stage}_steps") is not None:
+                whole(self, f"{stage}_steps", 1, 150)
+            if getattr(self, f"{stage}_guidance_scale") is not None:
+                number(self, f"{stage}_guidance_scale", 0.0, 30.0)
+        choice(self, "stages", STAGES)
+        for stage in ("stage_c", "stage_b"):
+            if getattr(self, stage) is not None:
+                choice(self, stage, STAGES)
+        given: Any = self.images
+        if not isinstance(given, list | tuple) or len(given) > MOST_IMAGES:
+            raise InvalidRequest(
+                f"images is {_shown(given)}; it can be a list of 0 to {MOST_IMAGES} pictures or files"
+            )
+        read = tuple(ImagePrompt.read(f"images[{index}]", value) for index, value in enumerate(given))
+        object.__setattr__(self, "images", read)
+
+    def wish(self, stage: str) -> str:
+        """The choice for `stage_c` or `stage_b`: "auto", "full" or "lite"."""
+        return getattr(self, stage) or self.stages
+
+
+REQUESTS: dict[str, type[Request]] = {
+    request.family: request for request in (SD15Request, StableCascadeRequest)
+}
 
 
 def whole(request: Request, name: str, low: int, high: int, *, multiple: int = 1, extra: str = "") -> None:

@@ -141,7 +141,7 @@ class Studio:
         yield from _announced(plan)
         self.gallery.check()
         loading = None
-        for loading in self._fetch(request, here):
+        for loading in self._fetch(request, pipeline):
             yield loading
             _check(stop)
         if loading is not None:  # its configs and sizes are the checkpoint's own now
@@ -248,12 +248,13 @@ class Studio:
             )
         return resolve(checkpoint, family, self.settings, config_from)
 
-    def _fetch(self, request: Request, here: Hardware) -> Iterator[Event]:
-        """Download what the checkpoint lacks here; nothing for a local one."""
+    def _fetch(self, request: Request, pipeline: Pipeline) -> Iterator[Loading]:
+        """Download what the pipeline lacks here; nothing for a local checkpoint."""
         source = self._source(request.checkpoint, request.family, request.config_from)
-        precision = str(self._dtype(request, here)).removeprefix("torch.")
-        room = _room(request.family, "pipeline")
-        yield from source.fetch(room.COMPONENTS, precision)
+        precisions = dict.fromkeys(component.precision for component in pipeline.components.values())
+        for precision in precisions:
+            names = [name for name, part in pipeline.components.items() if part.precision == precision]
+            yield from source.fetch(names, precision)
 
     def _pipeline(self, request: Request, seeds: tuple[int, ...], here: Hardware) -> Pipeline:
         import torch
@@ -272,9 +273,9 @@ class Studio:
 
         name = request.dtype if request.dtype != "auto" else self.settings.dtype
         if name == "auto":
-            # fp16 keeps three more bits than bf16, and no network of this family overflows but the VAE,
-            # whose decode is repeated in fp32; CPUs compute in bf16 or fp32 only
-            name = "float16" if here.device != "cpu" else "bfloat16" if here.bf16 else "float32"
+            # CPUs compute in bf16 or fp32 only
+            fastest = _room(request.family, "pipeline").AUTO_DTYPE
+            name = fastest if here.device != "cpu" else "bfloat16" if here.bf16 else "float32"
         return getattr(torch, name)
 
     def _plan(self, pipeline: Pipeline, here: Hardware) -> Plan:

@@ -57,12 +57,20 @@ def load_clip_vision(
     )
 
 
-def load_image_processor(source: Source, component: str = "feature_extractor") -> CLIPImageProcessorPil:
-    """What makes a CLIP image model's input of pictures. Raises CheckpointError for useless settings."""
+def load_image_processor(source: Source, image_size: int) -> CLIPImageProcessorPil:
+    """What makes a CLIP image model's input of pictures, `image_size` pixels a side.
+
+    Raises CheckpointError for settings that are none.
+    """
+    component = "feature_extractor"
     try:
-        return CLIPImageProcessorPil(**source.config(component))
+        processor = CLIPImageProcessorPil(**source.config(component))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source.name}: {component} cannot be used: {error}") from error
+    wanted: Any = {"height": image_size, "width": image_size}
+    if dict(processor.crop_size or {}) != wanted:  # another network's, where a file cannot tell
+        processor.size, processor.crop_size = {"shortest_edge": image_size}, wanted
+    return processor
 
 
 def _load(

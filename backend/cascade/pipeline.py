@@ -1,0 +1,495 @@
+"""Stable Cascade as phases: encode → stage_c → stage_b → stage_a.
+
+Stage C (the prior) paints 16 channels at a 42nd of the picture's side, Stage B (the decoder) makes of them 4
+channels at a quarter of it, Stage A the picture. Source: Würstchen (arXiv:2306.00637) and the published
+pipelines' settings.
+
+Letters: B images, P prompts (the prompt, then the negative one where there is guidance), L text tokens,
+N image prompts, D features, h w latent pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from backend.cascade.defaults import defaults
+from backend.cascade.optional import Previewer
+from backend.cascade.stage_a import StageA, StageAConfig
+from backend.cascade.unet import Conditioning, UNet, UNetConfig
+from backend.errors import CheckpointError, InvalidRequest, TriptychError
+from backend.events import Notice
+from backend.nn.pictures import enlarged, linear_previews, to_pictures
+from backend.phases import Component, Phase, Pipeline, Progress
+from backend.requests import StableCascadeRequest
+from backend.sampling.noise import Noise
+from backend.sampling.wuerstchen import CosineSchedule, sample_wuerstchen
+from backend.text.encoders import (
+    load_clip_vision,
+    load_image_processor,
+    load_projected_clip_text,
+    load_tokenizer,
+)
+from backend.text.prompts import encode_pooled_prompts
+from backend.weights.parts import Parts, dtype_name, layout_of
+from backend.weights.source import Source
+
+AUTO_DTYPE = "bfloat16"  # what "auto" means where the device computes in it: Stage C must not run in float16
+C_COMPRESSION = 42.67  # pixels to a latent pixel of Stage C, along a side; 1024 → 24
+TITLES = {"stage_c": "Stage C", "stage_b": "Stage B"}
+NETWORKS = {"stage_c": "prior", "stage_b": "decoder"}  # the lite ones' names end in _lite
+PAIRS = (("full", "full"), ("full", "lite"), ("lite", "full"), ("lite", "lite"))  # C and B, the best first
+
+# Published linear approximations: latents → RGB in [-1, 1]. For previews only.
+LATENT_RGB: dict[str, Mapping[str, Any]] = {
+    "stage_c": {
+        "factors": [
+            [-0.0326, -0.0204, -0.0127], [-0.1592, -0.0427, 0.0216], [0.0873, 0.0638, -0.0020],
+            [-0.0602, 0.0442, 0.1304], [0.0800, -0.0313, -0.1796], [-0.0810, -0.0638, -0.1581],
+            [0.1791, 0.1180, 0.0967], [0.0740, 0.1416, 0.0432], [-0.1745, -0.1888, -0.1373],
+            [0.2412, 0.1577, 0.0928], [0.1908, 0.0998, 0.0682], [0.0209, 0.0365, -0.0092],
+            [0.0448, -0.0650, -0.1728], [-0.1658, -0.1045, -0.1308], [0.0542, 0.1545, 0.1325],
+            [-0.0352, -0.1672, -0.2541],
+        ],
+        "bias": [0.0, 0.0, 0.0],
+    },
+    "stage_b": {
+        "factors": [
+            [0.1121, 0.2006, 0.1023], [-0.2093, -0.0222, -0.0195], [-0.3087, -0.1535, 0.0366],
+            [0.0290, -0.1574, -0.4078],
+        ],
+        "bias": [0.0, 0.0, 0.0],
+    },
+}  # fmt: skip
+
+Draw = Callable[[Tensor], tuple[Image, ...]]  # latents → small pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request with every default filled in; `stages` says which variant of each stage runs."""
+
+    request: StableCascadeRequest
+    seeds: tuple[int, ...]
+    prior_steps: int
+    prior_guidance_scale: float
+    decoder_steps: int
+    decoder_guidance_scale: float
+    width: int
+    height: int
+    stages: Mapping[str, str]
+
+    @property
+    def guided(self) -> dict[str, bool]:
+        return {"stage_c": self.prior_guidance_scale > 1.0, "stage_b": self.decoder_guidance_scale > 1.0}
+
+    def network(self, stage: str) -> str:
+        """The component that runs a stage."""
+        return network_name(stage, self.stages[stage])
+
+    def settings(self) -> dict[str, Any]:
+        """The request's fields with every default filled in, and the seed that was used."""
+        asked = {field.name: getattr(self.request, field.name) for field in fields(self.request)}
+        filled = ("prior_steps", "prior_guidance_scale", "decoder_steps", "decoder_guidance_scale")
+        return {
+            **asked,
+            **{name: getattr(self, name) for name in (*filled, "width", "height")},
+            **self.stages,
+            "images": [str(image) for image in self.request.images],
+            "seed": self.seeds[0],
+        }
+
+
+@dataclass(frozen=True)
+class Text:
+    """Features of the prompt, then of the negative one if anything is guided: (P, L, D) and pooled (P, D);
+    of the image prompts: (1, N, D), or one of zeros."""
+
+    features: Tensor
+    pooled: Tensor
+    images: Tensor
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Stage C's latents (B, 16, h, w), float32, and the generators' states behind them."""
+
+    latents: Tensor
+    noise: list[Tensor]
+
+
+def network_name(stage: str, variant: str) -> str:
+    return NETWORKS[stage] + ("_lite" if variant == "lite" else "")
+
+
+def complete(
+    request: StableCascadeRequest, source: Source, seeds: tuple[int, ...], stages: Mapping[str, str]
+) -> Job:
+    """Fill in the checkpoint's defaults. Raises CheckpointError for one that cannot be served."""
+    values = defaults(source)
+    missing = {name: value for name, value in values.items() if getattr(request, name) is None}
+    try:
+        full = replace(request, **missing)
+    except InvalidRequest as error:
+        raise CheckpointError(f"{source.name} has a default that cannot be served: {error}") from error
+    filled = {name: getattr(full, name) for name in values}
+    return Job(request=request, seeds=seeds, stages=stages, **filled)
+
+
+def pipeline(
+    request: StableCascadeRequest,
+    source: Source,
+    *,
+    seeds: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_bytes: int,
+) -> Pipeline:
+    """The phases of a request, ready to plan and to run; reads configs, loads nothing.
+
+    Raises CheckpointError for a checkpoint without a stage that the request names, or whose stages do not
+    belong together.
+    """
+    parts = Parts(source=source, device=device)
+    prior_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+    dtypes = {"stage_c": prior_dtype, "stage_b": dtype}
+
+    def stage(name: str, variant: str) -> Component:
+        network = network_name(name, variant)
+        return parts.network(
+            network, dtypes[name], lambda: UNet(UNetConfig.from_dict(source.config(network)))
+        )
+
+    def text() -> Any:
+        return load_tokenizer(source), load_projected_clip_text(source, "text_encoder", dtype, device)
+
+    def vision() -> Any:
+        encoder = load_clip_vision(source, "image_encoder", dtype, device)
+        return load_image_processor(source, encoder.config.image_size), encoder
+
+    stage_a_config = StageAConfig.from_dict(source.config("vqgan"))
+    shared = {
+        "text_encoder": parts.component("text_encoder", dtype, text),
+        "vqgan": parts.network("vqgan", dtype, lambda: StageA(stage_a_config)),
+    }
+    if request.images:
+        if not source.has("image_encoder"):
+            raise CheckpointError(f"{source.name} has no image_encoder, which image prompts need")
+        shared["image_encoder"] = parts.component("image_encoder", dtype, vision)
+    if source.has("previewer"):
+
+        def small() -> Previewer:
+            return Previewer(source.shapes("previewer", dtype_name(prior_dtype))["blocks.0.weight"][0])
+
+        shared["previewer"] = parts.network("previewer", prior_dtype, small)
+
+    def plan(variants: Mapping[str, str]) -> tuple[dict[str, Component], tuple[Phase, ...], Job]:
+        job = complete(request, source, seeds, variants)
+        components = shared | {job.network(name): stage(name, variants[name]) for name in NETWORKS}
+        return components, _phases(job, source, stage_a_config, components, dtype, prior_dtype, device), job
+
+    plans: list[tuple[dict[str, Component], tuple[Phase, ...], Job]] = []
+    for variants in candidates(request, source):
+        plans.append(plan(variants))
+        components, phases, job = plans[-1]
+        weights, work = sum(c.bytes for c in components.values()), max(phase.work_bytes for phase in phases)
+        if weights + work <= budget_bytes:
+            break
+    components, phases, job = plans[-1]
+    decisions = list(told(request, job, source, shrunk=len(plans) > 1))
+    if prior_dtype != dtype:
+        decisions.append(NOT_IN_FLOAT16)
+    return Pipeline(components=components, phases=phases, settings=job.settings(), decisions=tuple(decisions))
+
+
+NOT_IN_FLOAT16 = "Stage C overflows in float16, so it runs in bfloat16; the other stages run in float16."
+
+
+def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[str, str]]:
+    """The variants of the stages that may run, the best first.
+
+    `stages` is a wish that a checkpoint without a variant cannot fulfil in full; `stage_c` and `stage_b` are
+    orders. Raises CheckpointError where an order cannot be followed, or a stage is missing altogether.
+    """
+    allowed: dict[str, list[str]] = {}
+    for stage, title in TITLES.items():
+        there = [variant for variant in ("full", "lite") if source.has(network_name(stage, variant))]
+        if not there:
+            raise CheckpointError(f"{source.name} has no {NETWORKS[stage]} ({title})")
+        order, wish = getattr(request, stage), request.wish(stage)
+        if order in ("full", "lite") and order not in there:
+            raise CheckpointError(
+                f"{stage} is {order!r}, and {source.name} has {title} only {' and '.join(there)}"
+            )
+        allowed[stage] = [wish] if wish in there else there
+    return [
+        {"stage_c": c, "stage_b": b} for c, b in PAIRS if c in allowed["stage_c"] and b in allowed["stage_b"]
+    ]
+
+
+def told(request: StableCascadeRequest, job: Job, source: Source, *, shrunk: bool) -> Iterable[str]:
+    """In words, which stages run and why."""
+    chosen = {TITLES[stage]: variant for stage, variant in job.stages.items()}
+    what = " and ".join(f"{title} {variant}" for title, variant in chosen.items())
+    if shrunk:
+        yield f"{what}: larger stages would not fit the memory at hand."
+    else:
+        yield f"{what}."
+    for stage, title in TITLES.items():
+        wish = request.wish(stage)
+        if wish not in ("auto", job.stages[stage]):
+            yield f"{source.name} has no {wish} {title}: the {job.stages[stage]} one runs."
+
+
+def _phases(
+    job: Job,
+    source: Source,
+    stage_a_config: StageAConfig,
+    components: Mapping[str, Component],
+    dtype: torch.dtype,
+    prior_dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Phase, ...]:
+    request, prior, decoder = job.request, job.network("stage_c"), job.network("stage_b")
+    configs = {name: UNetConfig.from_dict(source.config(name)) for name in (prior, decoder)}
+    check_together(source, configs[prior], configs[decoder], stage_a_config)
+    schedules = {
+        "stage_c": CosineSchedule.from_dict(source.config("prior_scheduler")),
+        "stage_b": CosineSchedule.from_dict(source.config("scheduler")),
+    }
+    c_size = (math.ceil(job.height / C_COMPRESSION), math.ceil(job.width / C_COMPRESSION))
+    b_size = (job.height // stage_a_config.scale, job.width // stage_a_config.scale)
+    rgb = LATENT_RGB | source.extras().get("latent_rgb", {})
+    encoders = ("text_encoder", *(["image_encoder"] if request.images else []))
+    previewer = ("previewer",) if "previewer" in components else ()
+
+    # what each phase reads, and no more: new decoder settings leave Stage C's result standing
+    def prompts(guided: bool) -> tuple[Any, ...]:
+        negative = request.negative_prompt if guided else None
+        made_by = [components[name].identity for name in encoders]
+        return (*made_by, request.prompt, negative, request.images, request.raw_prompt, request.clip_skip)
+
+    c_key = (
+        "stage_c", prompts(job.guided["stage_c"]), components[prior].identity, job.seeds, job.prior_steps,
+        job.prior_guidance_scale, job.width, job.height, schedules["stage_c"],
+    )  # fmt: skip
+    b_key = (
+        "stage_b", c_key, prompts(job.guided["stage_b"]), components[decoder].identity, job.decoder_steps,
+        job.decoder_guidance_scale, schedules["stage_b"],
+    )  # fmt: skip
+    batch, item = len(job.seeds), dtype.itemsize
+    return (
+        Phase(
+            name="encode", components=encoders, key=("encode", prompts(any(job.guided.values()))),
+            work_bytes=encode_work(item),
+            run=lambda parts, _: encode(parts, job, configs[prior]),
+        ),
+        Phase(
+            name="stage_c", components=(prior, *previewer), key=c_key,
+            work_bytes=unet_work(configs[prior], batch * (1 + job.guided["stage_c"]), c_size, prior_dtype),
+            run=lambda parts, results: stage_c(
+                parts[prior], parts.get("previewer"), results["encode"], job, schedules["stage_c"], c_size,
+                prior_dtype, device, rgb["stage_c"], told_float16=prior_dtype != dtype,
+            ),
+        ),
+        Phase(
+            name="stage_b", components=(decoder,), key=b_key,
+            work_bytes=unet_work(configs[decoder], batch * (1 + job.guided["stage_b"]), b_size, dtype),
+            run=lambda parts, results: stage_b(
+                parts[decoder], results["encode"], results["stage_c"], job, schedules["stage_b"], b_size,
+                dtype, device, rgb["stage_b"],
+            ),
+        ),
+        Phase(
+            name="stage_a", components=("vqgan",), key=None,
+            work_bytes=stage_a_work(stage_a_config, b_size, dtype),
+            run=lambda parts, results: stage_a(parts["vqgan"], results["stage_b"], dtype, device),
+        ),
+    )  # fmt: skip
+
+
+def check_together(source: Source, prior: UNetConfig, decoder: UNetConfig, stage_a: StageAConfig) -> None:
+    """Refuse stages that do not speak to each other. Raises CheckpointError."""
+    if prior.clip_text_in_channels is None or prior.clip_image_in_channels is None:
+        raise CheckpointError(f"{source.name}: the prior is no Stage C: it takes no text or no images")
+    for one, ours, other, theirs in (
+        ("prior makes latents", prior.out_channels, "decoder takes", decoder.effnet_in_channels),
+        ("decoder makes latents", decoder.out_channels, "vqgan takes", stage_a.latent_channels),
+    ):
+        if ours != theirs:
+            raise CheckpointError(
+                f"{source.name}: the {one} of {ours} channels, and the {other} {theirs or 'none'}: "
+                "they do not belong together"
+            )
+
+
+@torch.no_grad()
+def encode(parts: Mapping[str, Any], job: Job, prior: UNetConfig) -> Generator[Progress, None, Text]:
+    tokenizer, encoder = parts["text_encoder"]
+    request = job.request
+    steps = 1 + len(request.images)
+    prompts = [request.prompt, *([request.negative_prompt] if any(job.guided.values()) else [])]
+    features, pooled = encode_pooled_prompts(
+        encoder, tokenizer, prompts, raw=request.raw_prompt, skip=request.clip_skip, masked=True
+    )
+    yield Progress(step=1, steps=steps)
+    embeddings: list[Tensor] = []
+    for index, image in enumerate(request.images):
+        processor, vision = parts["image_encoder"]
+        pixels = torch.from_numpy(processor(image.picture, return_tensors="np").pixel_values)
+        embeddings.append(vision(pixel_values=pixels.to(vision.device, vision.dtype)).image_embeds)
+        yield Progress(step=2 + index, steps=steps)
+    images = torch.stack(embeddings, dim=1) if embeddings else features.new_zeros(1, 1, _width(prior))
+    return Text(features, pooled, images)
+
+
+def _width(prior: UNetConfig) -> int:
+    assert prior.clip_image_in_channels is not None
+    return prior.clip_image_in_channels
+
+
+@torch.no_grad()
+def stage_c(
+    unet: UNet,
+    previewer: Previewer | None,
+    text: Text,
+    job: Job,
+    schedule: CosineSchedule,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rgb: Mapping[str, Any],
+    *,
+    told_float16: bool,
+) -> Generator[Progress | Notice, None, Composition]:
+    """Stage C never runs in float16; where that was asked for, it says so first."""
+    if told_float16:
+        yield Notice(text=NOT_IN_FLOAT16)
+    prompts = 1 + job.guided["stage_c"]
+    images = torch.cat([text.images, torch.zeros_like(text.images)])[:prompts]  # (P, N, D)
+    conditioning = unet.condition(
+        *(each.to(device, dtype) for each in (text.pooled[:prompts], text.features[:prompts], images))
+    )
+    noise = Noise(job.seeds, (unet.config.in_channels, *size))
+
+    def draw(latents: Tensor) -> tuple[Image, ...]:
+        if previewer is None:
+            return linear_previews(latents, rgb)
+        return tuple(enlarged(picture) for picture in to_pictures(previewer(latents.to(device, dtype))))
+
+    latents = yield from denoise(
+        unet, conditioning, noise, schedule, job.prior_steps, job.prior_guidance_scale, dtype, device, draw
+    )
+    return Composition(_finite(latents, "Stage C", dtype), noise.state())
+
+
+@torch.no_grad()
+def stage_b(
+    unet: UNet,
+    text: Text,
+    composition: Composition,
+    job: Job,
+    schedule: CosineSchedule,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rgb: Mapping[str, Any],
+) -> Generator[Progress, None, Tensor]:
+    """→ latents (B, 4, h, w), float32. The noise goes on where Stage C's ended."""
+    prompts = 1 + job.guided["stage_b"]
+    effnet = composition.latents.to(device, dtype)
+    if job.guided["stage_b"]:
+        effnet = torch.cat([effnet, torch.zeros_like(effnet)])
+    conditioning = unet.condition(text.pooled[:prompts].to(device, dtype), effnet=effnet, size=size)
+    noise = Noise(job.seeds, (unet.config.in_channels, *size))
+    noise.restore(composition.noise)
+    steps, guidance = job.decoder_steps, job.decoder_guidance_scale
+    latents = yield from denoise(
+        unet, conditioning, noise, schedule, steps, guidance, dtype, device, lambda x: linear_previews(x, rgb)
+    )
+    return _finite(latents, "Stage B", dtype)
+
+
+def denoise(
+    unet: UNet,
+    conditioning: Conditioning,
+    noise: Noise,
+    schedule: CosineSchedule,
+    steps: int,
+    guidance_scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    draw: Draw,
+) -> Generator[Progress, None, Tensor]:
+    """→ latents (B, C, h, w), float32. Guided, the prompt's half and the other's run in one batch."""
+    guided = guidance_scale > 1.0
+
+    def predict(latents: Tensor, ratio: Tensor) -> Tensor:
+        x = latents.to(dtype).repeat(1 + guided, 1, 1, 1)
+        out = unet(x, ratio.expand(len(x)), conditioning).float()
+        if not guided:
+            return out
+        with_prompt, without = out.chunk(2)
+        return torch.lerp(without, with_prompt, guidance_scale)
+
+    latents: Tensor | None = None
+    for state in sample_wuerstchen(predict, noise, schedule, steps, device):
+        latents, estimate = state.latents, state.denoised
+        yield Progress(step=state.step, steps=state.steps, preview=lambda x=estimate: draw(x))
+    assert latents is not None
+    return latents
+
+
+@torch.no_grad()
+def stage_a(
+    network: StageA, latents: Tensor, dtype: torch.dtype, device: torch.device
+) -> Generator[Progress, None, list[Image]]:
+    """→ one picture per image, decoded one at a time: its features are the largest of all."""
+    pictures: list[Image] = []
+    for index, one in enumerate((latents * network.config.scale_factor).split(1)):
+        pixels = network.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)))
+        pictures += to_pictures(_finite(pixels, "Stage A", dtype))
+        yield Progress(step=index + 1, steps=len(latents))
+    return pictures
+
+
+def _finite(values: Tensor, stage: str, dtype: torch.dtype) -> Tensor:
+    """Raises TriptychError for values that no picture can be made of."""
+    if not values.isfinite().all():
+        advice = "the weights may be damaged" if dtype == torch.float32 else "bfloat16 or float32 may help"
+        raise TriptychError(f"{stage} in {dtype_name(dtype)} gave values that are not numbers; {advice}")
+    return values
+
+
+def encode_work(item: int) -> int:
+    """Bytes of activations of CLIP-bigG over two prompts: small beside every other phase."""
+    return 2 * 77 * 1280 * 24 * item
+
+
+def unet_work(config: UNetConfig, batch: int, size: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of activations of one forward: the widest level's feed-forward, the skip connections, and the
+    conditioning's keys and values."""
+    height, width = (side // config.patch_size for side in size)
+    switched = config.switch_level
+    widest, skips = 0, 0
+    for level, channels in enumerate(config.block_out_channels):
+        pixels = height * width * channels
+        widest, skips = max(widest, 4 * pixels), skips + pixels
+        if switched is None or (level < config.levels - 1 and switched[level]):
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+    layers = sum(config.down_num_layers_per_block) + sum(config.up_num_layers_per_block)
+    tokens = config.clip_seq if config.clip_text_in_channels is None else 77 + 2 * config.clip_seq
+    keys = 2 * layers * tokens * max(config.block_out_channels) * 2
+    return (batch * (3 * widest + skips) + keys) * dtype.itemsize
+
+
+def stage_a_work(config: StageAConfig, size: tuple[int, int], dtype: torch.dtype) -> int:
+    """Bytes of activations: the outer level's features, four times the pixels at half the width."""
+    pixels = size[0] * size[1]
+    return 6 * pixels * config.embed_dim * dtype.itemsize
