@@ -11,7 +11,9 @@ import argparse
 import json
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,13 @@ from training.postcards import (
 
 WEIGHTS = DEMO / "judge.safetensors"
 RECIPE = Recipe(steps=1800, learning_rate=2e-3, weight_decay=0.05, average=0.99, save_every=300)
-FAMILIES = {"sd15": "Stable Diffusion 1.5"}
+FAMILIES = {"sd15": "Stable Diffusion 1.5", "stable_cascade": "Stable Cascade"}
+TRIALS: dict[str, dict[str, dict[str, Any]]] = {
+    "sd15": {"right": {}},
+    "stable_cascade": {"right": {"stages": "full"}, "lite": {"stages": "lite"}},
+}
+ROWS = {"right": "{}", "lite": "{}, lite Stage C", "variations": "{}, variations"}
+VARIATIONS = 200
 PROMPTS = 400
 SCORE_SEED = 20_000
 SAMPLES = [
@@ -186,34 +194,69 @@ def roughen(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def score(family: str) -> None:
     """Paints held-out prompts with the family's demo through the engine, and writes the figures."""
-    from backend import SD15Request, Settings, Studio  # only scoring needs the engine
+    from backend import Settings, Studio  # only scoring needs the engine
+    from backend.requests import REQUESTS
 
-    request_of = {"sd15": SD15Request}[family]
-    rng = random.Random(SCORE_SEED)
-    scenes = [random_scene(rng, held_out=True) for _ in range(PROMPTS)]
-    prompts = [caption(scene, rng, left_out=0) for scene in scenes]
-    expert, verdicts, pictures = load(), [], []
     with tempfile.TemporaryDirectory() as home:
         studio = Studio(Settings(device="cpu", home=Path(home)))
-        for index, prompt in enumerate(prompts):
-            request = request_of(prompt=prompt, seed=SCORE_SEED + index)
-            pictures.append(studio.run(request).images[0])
-            verdicts += look(expert, pictures[-1:])
-        samples = [studio.run(request_of(prompt=prompt, seed=7)).images[0] for prompt in SAMPLES]
-    agreed = [verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
-    figures: dict[str, Any] = {name: sum(one[name] for one in agreed) / PROMPTS for name in ATTRIBUTES}
-    figures["all six"] = sum(all(one.values()) for one in agreed) / PROMPTS
-    for prompt, one, verdict in zip(prompts, agreed, verdicts, strict=True):
-        for name in (name for name, right in one.items() if not right):
-            log(f"{name} {getattr(verdict, name)}: {prompt}")
-    log(" ".join(f"{name} {share:.4f}" for name, share in figures.items()))
-    sheet(pictures[:100], columns=10).save(CACHE / f"{family}-looked-at.png")
+
+        def paint(**settings: Any) -> Image.Image:
+            return studio.run(REQUESTS[family](**settings)).images[0]
+
+        scored: dict[str, Any] = {"prompts": PROMPTS, "seed": SCORE_SEED}
+        for name, settings in TRIALS[family].items():
+            scored[name] = told_in_words(f"{family}-{name}", partial(paint, **settings))
+        if family == "stable_cascade":
+            scored["variations"] = told_by_pictures(paint)
+        samples = [paint(prompt=prompt, seed=7) for prompt in SAMPLES]
     quieter = ImageOps.posterize(
         sheet(samples, columns=8), 7
     )  # the lowest bit is noise, and half of the file
-    quieter.save(DEMO / f"{family}-samples.png", optimize=True)
-    write_json(DEMO / f"{family}-score.json", {"prompts": PROMPTS, "seed": SCORE_SEED, "right": figures})
+    quieter.save(DEMO / f"{file_name(family)}-samples.png", optimize=True)
+    write_json(DEMO / f"{file_name(family)}-score.json", scored)
     write_readme()
+
+
+def told_in_words(name: str, paint: Callable[..., Image.Image]) -> dict[str, float]:
+    """How often what prompts name is in the picture, attribute by attribute."""
+    rng = random.Random(SCORE_SEED)
+    scenes = [random_scene(rng, held_out=True) for _ in range(PROMPTS)]
+    prompts = [caption(scene, rng, left_out=0) for scene in scenes]
+    pictures = [paint(prompt=prompt, seed=SCORE_SEED + index) for index, prompt in enumerate(prompts)]
+    sheet(pictures[:100], columns=10).save(CACHE / f"{name}-looked-at.png")
+    return found(name, pictures, scenes, prompts)
+
+
+def told_by_pictures(paint: Callable[..., Image.Image]) -> dict[str, float]:
+    """How often what a render shows is in the variation that is made of it, without a word."""
+    shown = postcards(2_000, seed=2, held_out=True)
+    renders = [Image.fromarray(pixels) for pixels in shown.pixels[:VARIATIONS]]
+    pictures = [
+        paint(images=(render,), prompt="", seed=SCORE_SEED + index) for index, render in enumerate(renders)
+    ]
+    pairs = [picture for pair in zip(renders[:40], pictures[:40], strict=True) for picture in pair]
+    sheet(pairs, columns=10).save(CACHE / "variations-looked-at.png")
+    scenes = shown.scenes[:VARIATIONS]
+    return found("variations", pictures, scenes, [f"render {index}" for index in range(VARIATIONS)])
+
+
+def found(
+    name: str, pictures: list[Image.Image], scenes: list[Scene], prompts: list[str]
+) -> dict[str, float]:
+    """The shares of pictures that show each attribute of their scenes, and all six; logs what is missing."""
+    verdicts = look(load(), pictures)
+    agreed = [verdict.agrees(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
+    shares = {attribute: sum(one[attribute] for one in agreed) / len(agreed) for attribute in ATTRIBUTES}
+    shares["all six"] = sum(all(one.values()) for one in agreed) / len(agreed)
+    for prompt, one, verdict in zip(prompts, agreed, verdicts, strict=True):
+        for attribute in (attribute for attribute, right in one.items() if not right):
+            log(f"{attribute} {getattr(verdict, attribute)}: {prompt}")
+    log(f"{name}: " + " ".join(f"{attribute} {share:.4f}" for attribute, share in shares.items()))
+    return shares
+
+
+def file_name(family: str) -> str:
+    return family.replace("_", "-")
 
 
 def sheet(pictures: list[Image.Image], *, columns: int) -> Image.Image:
@@ -229,12 +272,15 @@ def write_readme() -> None:
     """`assets/demo/README.md` from the families' figures."""
     rows, sheets = [], []
     for family, title in FAMILIES.items():
-        file = DEMO / f"{family}-score.json"
+        file = DEMO / f"{file_name(family)}-score.json"
         if not file.exists():
             continue
-        right = json.loads(file.read_text(encoding="utf-8"))["right"]
-        rows.append(f"| {title} | " + " | ".join(f"{share:.1%}" for share in right.values()) + " |")
-        sheets.append(f"## {title}\n\n![Postcards painted by the {title} demo]({family}-samples.png)\n")
+        scored = json.loads(file.read_text(encoding="utf-8"))
+        for name in (name for name in ROWS if name in scored):
+            shares = " | ".join(f"{share:.1%}" for share in scored[name].values())
+            rows.append(f"| {ROWS[name].format(title)} | {shares} |")
+        picture = f"![Postcards painted by the {title} demo]({file_name(family)}-samples.png)"
+        sheets.append(f"## {title}\n\n{picture}\n")
     names = [*ATTRIBUTES, "all six"]
     table = "\n".join(["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|", *rows])
     text = README.format(prompts=PROMPTS, table=table, sheets="\n".join(sheets), held_out=HELD_OUT_PERCENT)

@@ -81,8 +81,7 @@ def train_scene_encoder(shown: Postcards, recipe: Recipe, checkpoint: Path) -> S
     clouds = torch.tensor([float(scene.clouds) for scene in shown.scenes])
     weights = box_weights(boxes, THUMBNAIL, SUBJECT_WEIGHT)
 
-    def losses_at(step: int, generator: torch.Generator) -> Losses:
-        model.encoder.standard.train(step < recipe.steps // 2)
+    def losses_at(_: int, generator: torch.Generator) -> Losses:
         indices = torch.randint(len(shown), (BATCH,), generator=generator)
         pixels = shown.batch(indices)
         with torch.autocast("cpu", torch.bfloat16):

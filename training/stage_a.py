@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch.nn import functional
 from backend.cascade.stage_a import MixingBlock, StageA
 from training.data import Postcards
 from training.loop import Losses, Recipe, fit
-from training.vae import CROPS, crops, reconstruction_loss
+from training.vae import CROPS, crops, reconstruction_loss, subject_loss
 
 LATENT_NOISE = 0.15  # of the latents' spread, at most: Stage B's latents will never be exact
 SHARES = 0.4
+POLISHED = 8  # pictures at once
 
 
 def start(model: StageA) -> StageA:
@@ -40,6 +42,30 @@ def train_stage_a(model: StageA, shown: Postcards, recipe: Recipe, checkpoint: P
         return {"loss": reconstruction_loss(drawn, pixels), **likeness(drawn, pixels)}
 
     return fit(start(model), losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
+
+
+def polish_decoder(
+    model: StageA,
+    painted: Callable[[Tensor, torch.Generator], Tensor],
+    shown: Postcards,
+    recipe: Recipe,
+    checkpoint: Path,
+) -> StageA:
+    """Teaches the decoder to make the best of what Stage B makes of pictures: `painted(indices, generator)`,
+    latents (B, 4, 32, 32). The encoder stays as it is."""
+
+    def losses_at(_: int, generator: torch.Generator) -> Losses:
+        model.eval()
+        indices = torch.randint(len(shown), (POLISHED,), generator=generator)
+        pixels, boxes = shown.batch(indices), torch.from_numpy(shown.boxes)[indices]
+        latents = painted(indices, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = model.decode(latents).float() * 2 - 1
+        return {"loss": subject_loss(drawn, pixels, boxes), **likeness(drawn, pixels)}
+
+    for part in (model.in_block, model.down_blocks, model.vquantizer):
+        part.requires_grad_(False)
+    return fit(model, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
 
 
 def roughened(latents: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:

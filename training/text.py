@@ -179,8 +179,13 @@ class ProjectedReader(nn.Module):
 
 
 def pooled_and_tokens(text_model: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The projected pooled text (B, D) and the tokens before the final norm (B, 32, W)."""
-    output = text_model(input_ids=ids, output_hidden_states=True)
+    """The projected pooled text (B, D) and the tokens before the final norm (B, 32, W).
+
+    As in the published pipelines no token attends to the padding, which is end tokens after the first.
+    """
+    is_end = (ids == ids[:, -1:]).int()  # every row ends with one
+    mask = (is_end.cumsum(1) - is_end == 0).int()  # 1 up to the first end token
+    output = text_model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     return output.text_embeds, output.hidden_states[-1]
 
 

@@ -22,14 +22,14 @@ from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from backend.cascade.stage_a import StageA, StageAConfig
-from backend.cascade.unet import ATTENTION, RESIDUAL, TIMESTEP
+from backend.cascade.unet import ATTENTION, RESIDUAL, TIMESTEP, UNet, UNetConfig
 from training.data import CACHE, Postcards, box_weights, postcards
 from training.hub import DEMO, write_component, write_json
 from training.image_encoder import PROCESSOR_CONFIG, features, teach_seeing, vision_config
 from training.loop import Losses, Recipe, Weights, fit, log
-from training.postcards import SIZE, known_words
+from training.postcards import SIZE, caption, known_words
 from training.scene_encoder import SIDE, SceneEncoder, train_scene_encoder, with_noise
-from training.stage_a import train_stage_a
+from training.stage_a import polish_decoder, train_stage_a
 from training.text import (
     caption_tokenizer,
     pooled_and_tokens,
@@ -164,12 +164,14 @@ STAGE_A_RECIPE = Recipe(steps=4000, learning_rate=3e-3, average=0.995, seed=SEED
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
 IMAGE_RECIPE = Recipe(steps=2500, learning_rate=1e-3, warmup=200, average=0.995, seed=SEED)
 SCENE_RECIPE = Recipe(steps=1700, learning_rate=2e-3, average=0.997, seed=SEED)
-STAGE_B_RECIPE = Recipe(steps=11_000, learning_rate=1.5e-3, warmup=200, average=0.998, seed=SEED)
+STAGE_B_RECIPE = Recipe(steps=19_000, learning_rate=1.5e-3, warmup=200, average=0.998, seed=SEED)
 PRIOR_RECIPE = Recipe(steps=5000, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
+POLISH_RECIPE = Recipe(steps=1000, learning_rate=1e-3, average=0.995, seed=SEED)
 B_BATCH, C_BATCH = 32, 96
 SCENE_NOISE = 0.3  # on the scene that Stage B is told, at most: what Stage C says is not exact
 SCENE_DROPOUT, CAPTION_DROPOUT = 0.05, 0.1
 SHOWN = 0.15  # of Stage C's batch is told by a picture instead of words
+POLISHED_FROM = 0.5  # the noisiest timestep ratio that the decoder sees the network undo
 BOX_WEIGHT = 3.0  # how much more than the rest of the picture the subject counts
 
 
@@ -247,6 +249,8 @@ def make_latents() -> None:
         fine[indices] = functional.avg_pool2d(pixels, 4)
         coarse[indices] = functional.adaptive_avg_pool2d(pixels, SIDE)
     spread = raw.std().item()
+    # the encoder's running statistics lag behind
+    said = (said - said.mean((0, 2, 3), keepdim=True)) / said.std((0, 2, 3), keepdim=True)
     b, c = (raw / spread).half(), said.half()
     kept = {
         "b": b,
@@ -316,6 +320,32 @@ def train_b() -> None:
         return measured(error * weights[indices], weight)
 
     fit(unet, losses_at, STAGE_B_RECIPE, CACHE / "cascade-b.pt")
+
+
+def polish() -> None:
+    """Stage A's decoder learns from what Stage B makes of pictures that are a little, or quite, noisy."""
+    kept, scenes = trained_latents(), shown().scenes
+    stage_a, unet = new_stage_a(), UNet(UNetConfig.from_dict(STAGE_B_CONFIG))
+    stage_a.load_state_dict(averaged("a") or {})
+    unet.eval().load_state_dict(averaged("b") or {})
+    reader = trained_text_encoder()
+
+    @torch.no_grad()
+    def painted(indices: Tensor, generator: torch.Generator) -> Tensor:
+        rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
+        ids = token_ids(tokenizer(), [caption(scenes[index], rng) for index in indices.tolist()])
+        clean = kept["b"][indices].float()
+        size = (clean.shape[-2], clean.shape[-1])
+        ratios = POLISHED_FROM * torch.rand(len(clean), generator=generator)
+        signal = signal_at(ratios).view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * torch.randn(clean.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled = pooled_and_tokens(reader, ids)[0]
+            conditioning = unet.condition(pooled.float(), effnet=kept["c"][indices].float(), size=size)
+            noise = unet(noisy, ratios, conditioning).float()
+        return (noisy - (1 - signal).sqrt() * noise) / signal.sqrt() * kept["scale_factor"]
+
+    polish_decoder(stage_a, painted, shown(), POLISH_RECIPE, CACHE / "cascade-polish.pt")
 
 
 def train_prior(stage: str) -> None:
@@ -423,6 +453,7 @@ STAGES = {
     "b": train_b,
     "c": lambda: train_prior("c"),
     "lite": lambda: train_prior("lite"),
+    "polish": polish,
     "export": export,
 }
 

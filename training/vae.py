@@ -56,15 +56,8 @@ def train_decoder(
         strength = LATENT_NOISE * torch.rand((len(indices), 1, 1, 1), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             drawn = vae.decode(latents[indices] + spread * strength * noise).float()
-        whole = reconstruction_loss(drawn, pixels)
-        parts = [
-            reconstruction_loss(one[None, :, top:bottom, left:right], other[None, :, top:bottom, left:right])
-            for one, other, (left, top, right, bottom) in zip(
-                drawn, pixels, boxes.clamp(0, SIZE).int().tolist(), strict=True
-            )
-        ]
         squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
-        return {"loss": whole + 0.3 * torch.stack(parts).mean(), "psnr": 10 * torch.log10(4 / squared)}
+        return {"loss": subject_loss(drawn, pixels, boxes), "psnr": 10 * torch.log10(4 / squared)}
 
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
@@ -82,6 +75,17 @@ def crops(pixels: Tensor, boxes: Tensor, around: float, generator: torch.Generat
             y = min(max(int((top + bottom - CROP) / 2) + shift[1], 0), SIZE - CROP)
         pieces.append(picture[:, y : y + CROP, x : x + CROP])
     return torch.stack(pieces)
+
+
+def subject_loss(drawn: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
+    """The loss of whole pictures (B, 3, 128, 128), and once more of what is in the subjects' boxes (B, 4)."""
+    parts = [
+        reconstruction_loss(one[None, :, top:bottom, left:right], other[None, :, top:bottom, left:right])
+        for one, other, (left, top, right, bottom) in zip(
+            drawn, pixels, boxes.clamp(0, SIZE).int().tolist(), strict=True
+        )
+    ]
+    return reconstruction_loss(drawn, pixels) + 0.3 * torch.stack(parts).mean()
 
 
 def reconstruction_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
