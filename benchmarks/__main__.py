@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import app, changes, machine
+from benchmarks import app, cascade, changes, machine
 from benchmarks.side import FEW_PIXELS, Job, forwards
 
 HERE = Path(__file__).parent
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant in changes.variants(options.size):
             runs.append(changes.measure(variant))
             print(shown(runs[-1]), flush=True)
+    if "cascade" in options.parts:
+        runs += stable_cascade(options, device, half)
     if "demo" in options.parts:
         job = Job(side="demo", checkpoint="demo", device=device, dtype="auto", size=0, steps=0)
         runs += [run(job) for _ in range(options.rounds)]
@@ -85,6 +87,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"kept in {keep(results, options)}")
 
 
+def stable_cascade(options: argparse.Namespace, device: str, half: str) -> list[Run]:
+    """Every stage against the reference's in the published precision, then whole pictures of ours."""
+    folder = checkpoint(options, "cascade", half)
+    machine.warm(folder)
+    size = 128 if options.smoke else 1024
+    made: list[Run] = []
+    for number in range(options.rounds):
+        for side in ("ours", "reference")[:: 1 if number % 2 == 0 else -1]:
+            job = cascade.Job(side=side, checkpoint=str(folder), device=device, dtype=half, size=size)
+            made.append(run(job))
+    steps = {"prior_steps": 2, "decoder_steps": 1} if options.smoke else {}
+    job = cascade.Job(side="studio", checkpoint=str(folder), device=device, dtype=half, size=size, **steps)
+    made.append(run(job))
+    return [{**one, "side": f"cascade, {one['side']}"} for one in made]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -94,7 +112,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=512, help="width and height in pixels")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
-    parser.add_argument("--parts", default="picture,load,changes,demo,app", help="which of these to measure")
+    parser.add_argument(
+        "--parts", default="picture,load,changes,cascade,demo,app", help="which of these to measure"
+    )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the figures are kept")
     parser.add_argument("--smoke", action="store_true", help="a tiny checkpoint: does it run at all?")
@@ -107,18 +127,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def checkpoint(options: argparse.Namespace) -> Path:
+def checkpoint(options: argparse.Namespace, family: str = "sd15", weights: str | None = None) -> Path:
     """Made in a process of its own: the memory that it takes would slow what is measured after it."""
-    size = "tiny" if options.smoke else "full"
-    folder = options.cache / f"sd15-{size}-{options.weights}"
+    size, precision = "tiny" if options.smoke else "full", weights or str(options.weights)
+    folder = options.cache / f"{family}-{size}-{precision}"
     print(f"checkpoint in {folder}", flush=True)
-    command = [sys.executable, "-m", "benchmarks.checkpoint", str(folder), size, options.weights]
+    maker = "benchmarks.checkpoint" if family == "sd15" else f"benchmarks.{family}_checkpoint"
+    command = [sys.executable, "-m", maker, str(folder), size, precision]
     subprocess.run(command, check=True, cwd=HERE.parent)
     return folder
 
 
-def run(job: Job, **facts: str) -> Run:
-    command = [sys.executable, "-m", "benchmarks.side", json.dumps(asdict(job))]
+def run(job: Job | cascade.Job, **facts: str) -> Run:
+    module = "benchmarks.side" if isinstance(job, Job) else "benchmarks.cascade"
+    command = [sys.executable, "-m", module, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr}")

@@ -103,14 +103,14 @@ def build(folder: Path, *, tiny: bool = False, dtype: torch.dtype = torch.float3
     _write_network(folder / "unet", UNet(UNetConfig.from_dict(unet)), unet, dtype)
     _write_network(folder / "vae", Autoencoder(AutoencoderConfig.from_dict(vae)), vae, dtype)
     _write_text_encoder(folder / "text_encoder", {**TEXT, **changes["text"]}, dtype)
-    _write_tokenizer(folder / "tokenizer")
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(folder / "model_index.json", INDEX)  # last: what has it is complete
+    write_tokenizer(folder / "tokenizer")
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)  # last: what has it is complete
     return folder
 
 
 def _write_network(folder: Path, network: nn.Module, config: Mapping[str, Any], dtype: torch.dtype) -> None:
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in network.state_dict().items()}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
@@ -123,14 +123,14 @@ def _write_text_encoder(folder: Path, config: Mapping[str, Any], dtype: torch.dt
     encoder.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """CLIP's form and size: 256 bytes, each inside and at the end of a word, merges of pairs, two marks."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     pairs = [(a, b) for a in letters for b in letters][: TEXT["vocab_size"] - 2 * len(letters) - 2]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in pairs)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
-    _write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
     merges = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs), ""]
     (folder / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
     marks = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
@@ -140,10 +140,10 @@ def _write_tokenizer(folder: Path) -> None:
         "bos_token": "<|startoftext|>",
         **marks,
     }
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
