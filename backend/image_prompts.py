@@ -6,6 +6,8 @@ import base64
 import binascii
 import hashlib
 import io
+import stat
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,36 +34,63 @@ class ImagePrompt:
 
         Raises InvalidRequest for anything that is no picture.
         """
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError
 
         if isinstance(value, ImagePrompt):
             return value
         shown = f"{value!r:.80}"
+        if not isinstance(value, Image.Image | str | Path) or not str(value).strip():
+            raise InvalidRequest(f"{name} is {shown}; it can be a picture, a file or a data URL")
         try:
-            if isinstance(value, Image.Image):
-                picture, origin = value, None
-            elif isinstance(value, str) and value.startswith("data:"):
-                picture, origin = Image.open(io.BytesIO(base64.b64decode(value.partition(",")[2]))), None
-            elif isinstance(value, str | Path) and str(value).strip():
-                picture, origin = Image.open(Path(value).expanduser()), str(value)
-            else:
-                raise InvalidRequest(f"{name} is {shown}; it can be a picture, a file or a data URL")
-            if picture.width * picture.height > MOST_PIXELS:
-                raise InvalidRequest(
-                    f"{name} is {picture.width} by {picture.height} pixels; it can be up to 64 million in all"
-                )
-            picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:  # transparent is white, as on a page
-                layer = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            picture = picture.convert("RGB")
-        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, binascii.Error) as error:
+            with _opened(value) as given:
+                if given.width * given.height > MOST_PIXELS:
+                    raise Image.DecompressionBombError
+                picture = _plain(given)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            most = MOST_PIXELS // 1_000_000
+            raise InvalidRequest(
+                f"{name} is {shown}, which is too large: it can be up to {most} million pixels"
+            ) from error
+        except (UnidentifiedImageError, SyntaxError, binascii.Error) as error:
             raise InvalidRequest(f"{name} is {shown}, which is no picture that can be read") from error
         except (OSError, RuntimeError, ValueError) as error:  # missing, a folder, cut short
             reason = getattr(error, "strerror", None) or "it is damaged"
             raise InvalidRequest(f"{name} is {shown}, which cannot be read: {reason}") from error
+        origin = str(value) if not isinstance(value, Image.Image) and not _is_data(value) else None
         content = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
         return cls(digest=content, origin=origin, picture=picture)
 
     def __str__(self) -> str:
         return self.origin or f"picture {self.digest}"
+
+
+def _opened(value: Image | str | Path) -> AbstractContextManager[Image]:
+    """The picture, to be closed afterwards unless it is the caller's own."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(value, Image.Image):
+        return nullcontext(value)
+    if _is_data(value):
+        return Image.open(io.BytesIO(base64.b64decode(str(value).partition(",")[2])))
+    path = Path(value).expanduser()
+    kind = path.stat().st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        raise UnidentifiedImageError("to read it might never end")
+    return Image.open(path)
+
+
+def _is_data(value: str | Path) -> bool:
+    return isinstance(value, str) and value.startswith("data:")
+
+
+def _plain(picture: Image) -> Image:
+    """Upright, in RGB of 8 bits, on white where it is transparent, as on a page."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey, which a plain conversion cuts off at 255
+        picture = picture.convert("I").point(lambda grey: grey * (1 / 257)).convert("L")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return picture.convert("RGB")
