@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backend.errors import InvalidRequest, TriptychError
-from backend.requests import SD15Request
+from backend.requests import SD15Request, StableCascadeRequest
 from backend.settings import Settings
 
 
@@ -56,6 +56,80 @@ def test_refused(field: str, value: Any, allowed: str) -> None:
     assert allowed in str(caught.value)
     if value is True or isinstance(value, str | float) or value in (0, -1, -2):
         assert repr(value) in str(caught.value) or field == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        *(
+            (f"{stage}_steps", value, "a whole number from 1 to 150")
+            for stage in ("prior", "decoder")
+            for value in (0, 151, -1, 2.5, "20", True, math.nan, math.inf, [20])
+        ),
+        *(
+            (f"{stage}_guidance_scale", value, "a number from 0 to 30")
+            for stage in ("prior", "decoder")
+            for value in (-0.1, 31, 30.5, math.nan, math.inf, -math.inf, True, "4", 10**400)
+        ),
+        *(
+            (field, value, "auto, full, lite")
+            for field in ("stages", "stage_c", "stage_b")
+            for value in ("medium", "Full", "", 1, True, ["full"])
+        ),
+        ("stages", None, "auto, full, lite"),
+        *(
+            (field, value, "from 64 to 2048 in multiples of 64")
+            for field in ("width", "height")
+            for value in (0, 8, 100, 1000, 1032, 2112, -64, 64.5, "1024", True)
+        ),
+        ("num_images", 9, "1 to 8"),
+        ("clip_skip", -1, "0 to 11"),
+        ("negative_prompt", None, "must be text"),
+        ("loras", (("style.safetensors", 0.8),), "takes none yet"),
+    ],
+)
+def test_cascade_refused(field: str, value: Any, allowed: str) -> None:
+    fields: dict[str, Any] = {"prompt": "a red house", field: value}
+    with pytest.raises(InvalidRequest) as caught:
+        StableCascadeRequest(**fields)
+    assert str(caught.value).startswith(f"{field} is ")
+    assert allowed in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_cascade_limits_are_inside() -> None:
+    largest = StableCascadeRequest(
+        prior_steps=150, decoder_steps=1, prior_guidance_scale=30, decoder_guidance_scale=0,
+        width=2048, height=64, num_images=8,
+    )  # fmt: skip
+    assert (largest.prior_guidance_scale, largest.decoder_guidance_scale) == (30.0, 0.0)
+    assert isinstance(largest.prior_guidance_scale, float)
+    plain = StableCascadeRequest()
+    assert (plain.prior_steps, plain.decoder_steps, plain.images, plain.stages) == (None, None, (), "auto")
+    assert StableCascadeRequest(images=[]).images == ()  # type: ignore[arg-type]
+    assert StableCascadeRequest(prior_steps=20.0).prior_steps == 20  # type: ignore[arg-type]
+
+
+def test_a_field_of_another_family_is_unknown() -> None:
+    for field in ("steps", "guidance_scale", "sampler", "t5"):
+        with pytest.raises(TypeError, match=field):
+            StableCascadeRequest(**{field: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wishes"),
+    [
+        ({}, ("auto", "auto")),
+        ({"stages": "lite"}, ("lite", "lite")),
+        ({"stages": "lite", "stage_c": "full"}, ("full", "lite")),
+        ({"stages": "full", "stage_b": "lite"}, ("full", "lite")),
+        ({"stages": "lite", "stage_b": "auto"}, ("lite", "auto")),
+        ({"stage_c": "lite", "stage_b": "full"}, ("lite", "full")),
+    ],
+)
+def test_one_stages_wish_over_that_for_both(fields: dict[str, Any], wishes: tuple[str, str]) -> None:
+    request = StableCascadeRequest(**fields)
+    assert (request.wish("stage_c"), request.wish("stage_b")) == wishes
 
 
 def test_whole_floats_of_json_clients_become_ints() -> None:
