@@ -10,7 +10,7 @@ D their features, R timestep features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from backend.nn.configs import read_config
 from backend.nn.layers import attend, sinusoidal_embedding
 
 RESIDUAL, TIMESTEP, ATTENTION = "SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"
+# On a CPU what a block widens to is made so many pixels at a time, to be still in the cache when it is used:
+# together with the sums below, that takes half the time at Stage B's outermost level.
+SLICE_PIXELS = 2048
 RATIO_SCALE = 10_000  # timestep ratios lie in [0, 1]; the embedding's frequencies are made for this range
 
 
@@ -155,7 +158,7 @@ class ChannelNorm(nn.LayerNorm):
 class GlobalResponseNorm(nn.Module):
     """Lets channels compete: each is scaled by its norm over the picture, relative to the mean of all.
 
-    (B, h, w, C) → the same. Source: ConvNeXt V2 (arXiv:2301.00808).
+    Takes the picture in slices (B, L, C). Source: ConvNeXt V2 (arXiv:2301.00808).
     """
 
     def __init__(self, channels: int) -> None:
@@ -163,11 +166,19 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        relative = norms / (norms.mean(-1, keepdim=True) + 1e-6)  # (B, 1, 1, C)
-        # x + gamma · x · relative + beta in one pass: these are the network's largest tensors
-        return torch.addcmul(self.beta, x, (1 + self.gamma * relative).to(x.dtype))
+    def forward(self, slices: Sequence[Tensor]) -> Iterator[Tensor]:
+        norms = torch.stack([_squares(each) for each in slices]).sum(0).sqrt()  # (B, 1, C)
+        relative = norms / (norms.mean(-1, keepdim=True) + 1e-6)
+        scale = (1 + self.gamma[0] * relative).to(slices[0].dtype)
+        for each in slices:  # x + gamma · x · relative + beta in one pass
+            yield torch.addcmul(self.beta[0], each, scale)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """The sums of squares over L of (B, L, C): (B, 1, C), float32."""
+    if x.device.type == "cpu":  # torch's norm takes 20 times as long there
+        return x.float().square().sum(1, keepdim=True)
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square()
 
 
 class ResidualBlock(nn.Module):
@@ -177,19 +188,26 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.norm = ChannelNorm(channels)
-        self.channelwise = nn.Sequential(
-            nn.Linear(channels + skip_channels, 4 * channels),
-            nn.GELU(),
-            GlobalResponseNorm(4 * channels),
-            nn.Identity(),  # dropout in training, so that the next is number 4
-            nn.Linear(4 * channels, channels),
+        self.channelwise = nn.ModuleList(
+            [
+                nn.Linear(channels + skip_channels, 4 * channels),
+                nn.GELU(),
+                GlobalResponseNorm(4 * channels),
+                nn.Identity(),  # dropout in training, so that the next is number 4
+                nn.Linear(4 * channels, channels),
+            ]
         )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        widen, activate, compete, _, narrow = self.channelwise
         h = self.norm(self.depthwise(x))
         if skip is not None:
             h = torch.cat([h, skip], dim=1)
-        return x + self.channelwise(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        pixels = h.permute(0, 2, 3, 1).flatten(1, 2)  # (B, C, h, w) → (B, L, C)
+        length = SLICE_PIXELS // len(x) if x.device.type == "cpu" else pixels.shape[1]
+        wide = [activate(widen(each)) for each in pixels.split(max(length, 1), dim=1)]  # (B, …, 4·C) each
+        mixed = torch.cat([narrow(each) for each in compete(wide)], dim=1)
+        return x + mixed.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class TimestepBlock(nn.Module):
