@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-PREVIEW_SCALE, PREVIEW_SIDE = 4, 512  # previews are that much larger than the latents, up to that many pixels
+# Previews are four times as large as the latents, but for the longer side of at least 128 and at most 512.
+PREVIEW_SCALE, LEAST_SIDE, MOST_SIDE = 4, 128, 512
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
@@ -26,6 +27,7 @@ def linear_previews(latents: Tensor, rgb: Mapping[str, Any]) -> tuple[Image.Imag
 
 
 def enlarged(picture: Image.Image) -> Image.Image:
-    scale = max(1.0, min(PREVIEW_SCALE, PREVIEW_SIDE / max(picture.size)))
+    longer = max(picture.size)
+    scale = min(max(PREVIEW_SCALE, LEAST_SIDE / longer), max(MOST_SIDE / longer, 1))
     width, height = (round(scale * side) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
