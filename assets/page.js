@@ -39,6 +39,19 @@
     }
   });
 
+  // Pictures dropped beside those that are there join them; Gradio takes them on its small button alone.
+  for (const kind of ['dragover', 'drop']) {
+    document.addEventListener(kind, (event) => {
+      const input = event.target.closest?.('.image-prompts')?.querySelector('input[type=file]');
+      if (!input || event.defaultPrevented) return;
+      event.preventDefault();
+      if (kind === 'drop' && event.dataTransfer.files.length) {
+        input.files = event.dataTransfer.files;
+        input.dispatchEvent(new Event('change', {bubbles: true}));
+      }
+    });
+  }
+
   // Ctrl+Enter (or Cmd+Enter) presses the open tab's Generate, Escape its Stop while it works.
   document.addEventListener('keydown', (event) => {
     const tile = event.target.closest?.('.canvas .tile');

@@ -38,7 +38,7 @@ class ImagePrompt:
 
         if isinstance(value, ImagePrompt):
             return value
-        shown = f"{value!r:.80}"
+        shown = _shown(value)
         if not isinstance(value, Image.Image | str | Path) or not str(value).strip():
             raise InvalidRequest(f"{name} is {shown}; it can be a picture, a file or a data URL")
         try:
@@ -62,6 +62,12 @@ class ImagePrompt:
 
     def __str__(self) -> str:
         return self.origin or f"picture {self.digest}"
+
+
+def _shown(value: Any) -> str:
+    """A file goes by its name: it may be an upload, whose folder is nobody's business."""
+    is_file = isinstance(value, str | Path) and not _is_data(value)
+    return f"{Path(value).name if is_file else value!r:.80}"
 
 
 def _opened(value: Image | str | Path) -> AbstractContextManager[Image]:

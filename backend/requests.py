@@ -124,10 +124,10 @@ class StableCascadeRequest(Request):
             if getattr(self, stage) is not None:
                 choice(self, stage, STAGES)
         given: Any = self.images
-        if not isinstance(given, list | tuple) or len(given) > MOST_IMAGES:
-            raise InvalidRequest(
-                f"images is {_shown(given)}; it can be a list of 0 to {MOST_IMAGES} pictures or files"
-            )
+        many = isinstance(given, list | tuple)
+        if not many or len(given) > MOST_IMAGES:
+            what = f"holds {len(given)}" if many else f"is {_shown(given)}"
+            raise InvalidRequest(f"images {what}; it can be a list of 0 to {MOST_IMAGES} pictures or files")
         read = tuple(ImagePrompt.read(f"images[{index}]", value) for index, value in enumerate(given))
         object.__setattr__(self, "images", read)
 

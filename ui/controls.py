@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from backend.requests import MOST_IMAGES
 from backend.sampling.catalog import SAMPLER_INFO
 
 SHAPES = {"1:1": 1.0, "3:2": 3 / 2, "2:3": 2 / 3, "16:9": 16 / 9, "9:16": 9 / 16}
 CUSTOM = "custom"
+STAGES = (("prior_", "Stage C: composition", "composition"), ("decoder_", "Stage B: detail", "detail"))
+SIZES = [("automatic", "auto"), ("full", "full"), ("lite", "lite")]
 PRECISIONS = [
     ("automatic", "auto"),
     ("32 bit", "float32"),
@@ -34,13 +38,20 @@ class Controls:
 
     def fields(self, values: Sequence[Any]) -> dict[str, Any]:
         """The request's fields from the components' values."""
-        fields = dict(zip(self.by_field, values, strict=True))
-        return fields | {"seed": _seed(fields["seed"])}
+        return asked(dict(zip(self.by_field, values, strict=True)))
 
     def filled(self, settings: dict[str, Any]) -> list[Any]:
         """Values for `inputs` that ask for the same pictures again; what settings do not tell stays."""
-        shown = settings | {"seed": str(settings["seed"])}
-        return [shown.get(field, gr.skip()) for field in self.by_field]
+        same: Callable[[Any], Any] = lambda value: value  # noqa: E731
+        return [
+            SHOWN.get(field, same)(settings[field]) if field in settings else gr.skip()
+            for field in self.by_field
+        ]
+
+
+def asked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Request fields from the values of their components."""
+    return {field: ASKED[field](value) if field in ASKED else value for field, value in values.items()}
 
 
 def _seed(text: str | None) -> Any:
@@ -49,6 +60,20 @@ def _seed(text: str | None) -> Any:
     if re.fullmatch(r"-?\d{1,20}", text):
         return int(text)
     return (text if len(text) <= 20 else f"{text[:20]}…") or -1
+
+
+def _dropped(shown: Sequence[tuple[str, str | None]] | None) -> list[dict[str, Any]]:
+    """A gallery's pictures as the uploaded files that they are."""
+    return [{"path": path} for path, _ in shown or []]
+
+
+def _still_there(files: Sequence[str]) -> list[str]:
+    """Of the pictures that a request brought along, those whose files are kept."""
+    return [file for file in files if Path(file).is_file()]
+
+
+ASKED: dict[str, Callable[[Any], Any]] = {"seed": _seed, "images": _dropped}  # from a component's value
+SHOWN: dict[str, Callable[[Any], Any]] = {"seed": str, "images": _still_there}  # and back
 
 
 def fit(shape: str, native: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -96,13 +121,53 @@ def seed_and_count() -> tuple[gr.Button, gr.Button, dict[str, gr.components.Comp
     return random, reuse, {"seed": seed, "num_images": count}
 
 
-def sampling(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
+def sampling(
+    defaults: Mapping[str, Any], prefix: str = "", what: str = ""
+) -> dict[str, gr.components.Component]:
+    """Steps and guidance; `prefix` begins the names of the fields, `what` the labels."""
+    steps, guidance = f"{prefix}steps", f"{prefix}guidance_scale"
+    labels = [f"{what} {name}".strip().capitalize() for name in ("steps", "guidance")]
     return {
-        "steps": gr.Slider(1, 150, value=defaults["steps"], step=1, label="Steps", buttons=[]),
-        "guidance_scale": gr.Slider(
-            0, 30, value=defaults["guidance_scale"], step=0.1, label="Guidance", buttons=[]
-        ),
+        steps: gr.Slider(1, 150, value=defaults[steps], step=1, label=labels[0], buttons=[]),
+        guidance: gr.Slider(0, 30, value=defaults[guidance], step=0.1, label=labels[1], buttons=[]),
     }
+
+
+def stage_sampling(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
+    """Steps and guidance of Stable Cascade's two stages, apart."""
+    fields: dict[str, gr.components.Component] = {}
+    for prefix, title, what in STAGES:
+        gr.HTML(f"<h3>{title}</h3>", elem_classes="part")
+        fields |= sampling(defaults, prefix, what)
+    return fields
+
+
+def stage_sizes() -> dict[str, gr.components.Component]:
+    """Which size of either stage runs."""
+    return {
+        field: gr.Radio(
+            SIZES, value="auto", label=title, info=info, elem_classes="segmented", interactive=True
+        )
+        for field, title, info in (
+            ("stage_c", "Size of Stage C", "Full paints better, lite takes a third of the memory."),
+            ("stage_b", "Size of Stage B", "Automatic goes by the memory that is free."),
+        )
+    }
+
+
+def image_prompts() -> gr.Gallery:
+    return gr.Gallery(
+        label=f"Image prompts, up to {MOST_IMAGES}",
+        file_types=["image"],
+        columns=MOST_IMAGES,
+        fit_columns=False,
+        height=112,
+        object_fit="cover",
+        allow_preview=False,
+        interactive=True,
+        buttons=[],
+        elem_classes="image-prompts",
+    )
 
 
 def sampler(default: str) -> gr.Dropdown:

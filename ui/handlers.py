@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, get_type_hints
 
 import gradio as gr
 from gradio.data_classes import FileData
+from gradio.utils import get_upload_folder
 
 from backend import Studio
 from backend.errors import Cancelled, InvalidRequest, StorageError, TriptychError
@@ -51,10 +53,10 @@ def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Requ
     async def paint(page: gr.Request, *values: Any) -> AsyncIterator[Update]:
         try:
             yield {easel.status: render.starting("Starting…")}
-            request = request_of(values)
+            request = await asyncio.to_thread(request_of, values)  # it may hold pictures to read
             async with aclosing(jobs.events(request, page.session_hash)) as events:
                 async for event in events:
-                    yield _shown(event, easel, outputs)
+                    yield _shown(event, request, easel, outputs)
         except Cancelled:
             yield {easel.status: render.stopped()}
         except Exception as error:
@@ -65,16 +67,16 @@ def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Requ
     return paint
 
 
-def stopper(jobs: Jobs) -> Callable[..., Any]:
-    """The last of the Stop button: ends what Gradio's cancel missed, waits until no job of the page runs."""
+def stopper(jobs: Jobs, family: type[Request]) -> Callable[..., Any]:
+    """The last of the Stop button: ends what Gradio's cancel missed, waits until no job of the tab runs."""
 
     async def stop(page: gr.Request) -> None:
-        await jobs.stop(page.session_hash or "")
+        await jobs.stop(page.session_hash or "", family)
 
     return stop
 
 
-def _shown(event: Event | None, easel: Easel, outputs: Path) -> Update:
+def _shown(event: Event | None, request: Request, easel: Easel, outputs: Path) -> Update:
     match event:
         case Waiting():
             return {easel.status: render.starting("Waiting for the device…")}
@@ -83,7 +85,7 @@ def _shown(event: Event | None, easel: Easel, outputs: Path) -> Update:
         case Loading():
             return {easel.status: render.loading(event)}
         case Step(previews=images) if images:
-            return {easel.status: render.step(event), easel.canvas: render.previews(images)}
+            return {easel.status: render.step(event), easel.canvas: render.previews(images, _ratio(request))}
         case Step():
             return {easel.status: render.step(event)}
         case Notice(text=text):
@@ -97,6 +99,11 @@ def _shown(event: Event | None, easel: Easel, outputs: Path) -> Update:
             }
         case None:
             return {easel.status: gr.skip()}
+
+
+def _ratio(request: Request) -> float:
+    """Of the picture: the latents of a stage may be rounded to another, and previews would change shape."""
+    return (request.width or 1) / (request.height or 1)
 
 
 def _failed(error: Exception, text: str, easel: Easel) -> Update:
@@ -127,7 +134,8 @@ def endpoint(jobs: Jobs, family: type[Request]) -> Callable[..., Any]:
     async def serve(*values: Any) -> AsyncIterator[tuple[list[Json], Json]]:
         progress = _progress("starting")
         try:
-            request = build(family, dict(zip(parameters, values, strict=True)))
+            given = dict(zip(parameters, values, strict=True))
+            request = await asyncio.to_thread(build, family, given, public=jobs.studio.settings.public)
             async with aclosing(jobs.events(request)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
@@ -156,11 +164,32 @@ def _parameters(family: type[Request]) -> dict[str, inspect.Parameter]:
     }
 
 
-def build(family: type[Request], values: Mapping[str, Any]) -> Request:
-    """A request from a page's or a client's values, where tuples are lists and no `config_from` is empty."""
+def build(family: type[Request], values: Mapping[str, Any], *, public: bool = False) -> Request:
+    """A request from a page's or a client's values, where tuples are lists, no `config_from` is empty, and
+    uploaded files are dictionaries. On a public server nobody names files of its own."""
     given: dict[str, Any] = {name: _frozen(value) for name, value in values.items()}
     given["config_from"] = given.get("config_from") or None
+    if isinstance(given.get("images"), tuple):
+        given["images"] = tuple(
+            _file(f"images[{index}]", value, public=public) for index, value in enumerate(given["images"])
+        )
     return family(**given)
+
+
+def _file(name: str, value: Any, *, public: bool) -> Any:
+    """An uploaded file's path; any other value as it is, if it may be."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        if isinstance(path, str) and "\0" not in path:
+            file, uploads = Path(path).resolve(), Path(get_upload_folder()).resolve()
+            if file.is_relative_to(uploads):
+                return str(file)
+        raise InvalidRequest(f"{name} is {value!r:.80}, which is no file that was uploaded here")
+    if public and isinstance(value, str) and not value.startswith("data:"):
+        raise InvalidRequest(
+            f"{name} is {value!r:.80}; on this public server it can be an uploaded file or a data URL"
+        )
+    return value
 
 
 def build_shown(family: type[Request], values: Mapping[str, Any]) -> Request:
@@ -214,32 +243,32 @@ def planner(studio: Studio) -> Callable[[str, Json], Json]:
     def plan(family: str, request: Json) -> Json:
         """The memory plan of a request, loading and downloading nothing."""
         try:
-            return studio.plan(_unbuilt(family, request)).to_dict()
+            return studio.plan(_unbuilt(family, request, studio.settings.public)).to_dict()
         except Exception as error:
             raise gr.Error(explain(error), print_exception=False) from error
 
     return plan
 
 
-def _unbuilt(family: Any, values: Any) -> Request:
-    if not isinstance(family, str) or family not in REQUESTS:
+def _unbuilt(family: Any, values: Any, public: bool) -> Request:
+    name = family.replace("-", "_") if isinstance(family, str) else ""
+    if name not in REQUESTS:
         raise InvalidRequest(f"family is {family!r}; it can be {', '.join(REQUESTS)}")
     if not isinstance(values, dict):
         raise InvalidRequest(f"request is {values!r}; it must be an object of request fields")
-    known = [field.name for field in fields(REQUESTS[family])]
-    for name in values:
-        if name not in known:
-            raise InvalidRequest(f"request has no field {name!r}; it can have {', '.join(known)}")
-    return build(REQUESTS[family], values)
+    known = [field.name for field in fields(REQUESTS[name])]
+    for field in values:
+        if field not in known:
+            raise InvalidRequest(f"request has no field {field!r}; it can have {', '.join(known)}")
+    return build(REQUESTS[name], values, public=public)
 
 
-def plan_in_words(studio: Studio, family: type[Request], names: Sequence[str]) -> Callable[..., str]:
-    """The plan of what the named controls ask for, or why there is none."""
+def plan_in_words(studio: Studio, request_of: Callable[[Sequence[Any]], Request]) -> Callable[..., str]:
+    """The plan of what the controls that it depends on ask for, or why there is none."""
 
     def words(*values: Any) -> str:
         try:
-            request = build_shown(family, dict(zip(names, values, strict=True)))
-            return render.plan(studio.plan(request).to_dict())
+            return render.plan(studio.plan(request_of(values)).to_dict())
         except Exception as error:  # noqa: BLE001 (explained on the page, or logged)
             return render.no_plan(explain(error))
 

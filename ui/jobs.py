@@ -18,6 +18,8 @@ from backend import Studio
 from backend.events import Event, Step, Waiting
 from backend.requests import Request
 
+Whose = tuple[str | None, type[Request]]  # the page, None for a client of the API, and its tab
+
 TICK = 0.5  # seconds: Gradio notices a closed tab only when the handler yields
 
 
@@ -26,13 +28,13 @@ class Jobs:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self._running: WeakKeyDictionary[threading.Thread, tuple[threading.Event, str | None]]
+        self._running: WeakKeyDictionary[threading.Thread, tuple[threading.Event, Whose]]
         self._running = WeakKeyDictionary()
 
     async def events(self, request: Request, session: str | None = None) -> AsyncGenerator[Event | None]:
         """Yield the request's events, and None when nothing came for a tick; closing it stops the job.
 
-        So does `stop` with the session, the page that asked.
+        So does `stop` with the session, the page that asked, and the request's class.
 
         Of several steps that came since the last look, only the newest is passed on: a slow client sees fewer
         previews and never holds the device up. Raises what `Studio.generate` raises.
@@ -40,7 +42,7 @@ class Jobs:
         box = _Box(asyncio.get_running_loop())
         stop = threading.Event()
         thread = threading.Thread(target=self._work, args=(request, stop, box), daemon=True, name="job")
-        self._running[thread] = stop, session
+        self._running[thread] = stop, (session, type(request))
         thread.start()
         try:
             while not box.closed:
@@ -60,9 +62,10 @@ class Jobs:
             error = caught
         box.close(error)
 
-    async def stop(self, session: str) -> None:
-        """Stop the jobs of a page and wait until they have ended."""
-        threads = [thread for thread, (_, whose) in self._running.items() if whose == session]
+    async def stop(self, session: str, family: type[Request]) -> None:
+        """Stop the jobs of a page's tab and wait until they have ended."""
+        tab = session, family
+        threads = [thread for thread, (_, whose) in self._running.items() if whose == tab]
         for thread in threads:
             self._running[thread][0].set()
         while any(thread.is_alive() for thread in threads):

@@ -16,9 +16,17 @@ from urllib.parse import quote
 
 from PIL.Image import Image
 
+from backend.catalog import CatalogueEntry
 from backend.events import Loading, Result, Step
 
-PHASES = {"encode": "Reading the prompt", "denoise": "Painting", "decode": "Developing"}
+PHASES = {
+    "encode": "Reading the prompt",
+    "denoise": "Painting",
+    "decode": "Developing",
+    "stage_c": "Stage C: composing",
+    "stage_b": "Stage B: adding detail",
+    "stage_a": "Stage A: developing",
+}
 COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 BUSY, IDLE = 'data-state="busy"', 'data-state="idle"'  # of the progress line, and of the canvas
 QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
@@ -41,8 +49,9 @@ def idle() -> str:
     )
 
 
-def previews(images: Sequence[Image]) -> str:
-    tiles = [_tile(data_url(image), "Preview", image.width / image.height) for image in images]
+def previews(images: Sequence[Image], ratio: float) -> str:
+    """What there is to see so far, in the shape of the picture to come."""
+    tiles = [_tile(data_url(image), "Preview", ratio) for image in images]
     return _canvas("busy", "".join(tiles), len(tiles))
 
 
@@ -183,7 +192,7 @@ def no_plan(text: str) -> str:
 
 def _phase(phase: Mapping[str, Any]) -> str:
     parts = "<br>".join(_component(part) for part in phase["components"])
-    name, peak = escape(phase["name"]), size(phase["peak_bytes"])
+    name, peak = escape(phase["name"].replace("_", " ")), size(phase["peak_bytes"])
     return f'<tr><th scope="row">{name}</th><td>{parts}</td><td>{peak}</td></tr>'
 
 
@@ -201,8 +210,8 @@ def examples(texts: Sequence[str]) -> str:
     return f'<div class="examples"><span>Try</span>{chips}</div>' if texts else ""
 
 
-def vocabulary(words: Mapping[str, Sequence[str]]) -> str:
-    """The note of a built-in demo checkpoint: what it is, what it knows, how to leave it."""
+def vocabulary(words: Mapping[str, Sequence[str]], full: CatalogueEntry) -> str:
+    """The note of a built-in demo checkpoint: what it is, what it knows, and the terms of the full one."""
     rows = "".join(
         f"<dt>{escape(kind)}</dt><dd>{escape(', '.join(known))}</dd>"
         for kind, known in words.items()
@@ -210,8 +219,10 @@ def vocabulary(words: Mapping[str, Sequence[str]]) -> str:
     )
     return (
         '<div class="note"><p><b>This is the built-in demo</b>, a very small model that paints flat postcards'
-        " and nothing else. For any other picture choose a full checkpoint under <b>Advanced</b>.</p>"
-        f"<details><summary>The words it knows</summary><dl>{rows}</dl></details></div>"
+        f" and nothing else. For any other picture choose <b>{escape(full.name)}</b>, or a checkpoint of your"
+        " own, under <b>Advanced</b>.</p>"
+        f"<details><summary>The words it knows</summary><dl>{rows}</dl></details>"
+        f'<p class="terms">Terms of {escape(full.title)}: {escape(full.licence)}.</p></div>'
     )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 
+from backend import catalog
 from backend.errors import TriptychError
-from backend.requests import Request, SD15Request
+from backend.requests import Request, SD15Request, StableCascadeRequest
 from backend.studio import CheckpointInfo
 from ui import controls, handlers, render
 from ui.controls import CUSTOM, Controls
@@ -27,7 +28,9 @@ LAST = json.dumps(render.starting("Stopping…"))
 STOPPING = f"(shown) => shown.includes({json.dumps(render.BUSY)}) ? {LAST} : shown"
 STOPPED = f"(shown) => shown === {LAST} ? {json.dumps(render.stopped())} : shown"
 AT_REST = f"(shown) => shown.replace({json.dumps(render.BUSY)}, {json.dumps(render.IDLE)})"  # preview stays
-PLANNED_BY = ("checkpoint", "config_from", "width", "height", "num_images", "dtype")
+PLANNED_BY = frozenset(
+    ("checkpoint", "config_from", "width", "height", "num_images", "dtype", "stage_c", "stage_b", "images")
+)
 
 
 def sd15(jobs: Jobs) -> None:
@@ -37,7 +40,7 @@ def sd15(jobs: Jobs) -> None:
     with gr.Tab("Stable Diffusion 1.5", id=family.family), gr.Row(elem_classes="studio"):
         fields, generate, stop = _ask()
         canvas, status, again = _stage()
-        about = _about(info)
+        about = _about(family, info)
         with gr.Column(elem_classes="tune"):
             shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
             fields |= size | controls.sampling(info.defaults)
@@ -48,16 +51,42 @@ def sd15(jobs: Jobs) -> None:
                 fields["sampler"] = controls.sampler(info.defaults["sampler"])
                 fields |= controls.advanced()
         with gr.Column(elem_classes="below"):
-            plan = gr.HTML()
-    easel = Easel(canvas, status, plan, gr.State(None))
+            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
+    easel = Easel(canvas, status, plan, last)
     sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
     sheet.connect(Buttons(generate, stop, random, reuse, again))
 
 
-TABS: tuple[Callable[[Jobs], None], ...] = (sd15,)
+def stable_cascade(jobs: Jobs) -> None:
+    """Stable Cascade."""
+    family = StableCascadeRequest
+    info = jobs.studio.describe(family.family, "demo")
+    with gr.Tab("Stable Cascade", id=family.family), gr.Row(elem_classes="studio"):
+        fields, generate, stop = _ask(lambda: {"images": controls.image_prompts()})
+        canvas, status, again = _stage()
+        about = _about(family, info)
+        with gr.Column(elem_classes="tune"):
+            shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
+            fields |= size | controls.stage_sampling(info.defaults)
+            random, reuse, seeds = controls.seed_and_count()
+            fields |= seeds
+            with gr.Accordion("Advanced", open=False):
+                fields["checkpoint"] = controls.checkpoint(jobs.studio.catalogue(family.family))
+                fields |= controls.stage_sizes() | controls.advanced()
+        with gr.Column(elem_classes="below"):
+            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
+    easel = Easel(canvas, status, plan, last)
+    sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
+    sheet.connect(Buttons(generate, stop, random, reuse, again))
+
+
+# The page opens on the first: the one that is loaded beforehand and paints fastest.
+TABS: tuple[Callable[[Jobs], None], ...] = (sd15, stable_cascade)
 
 
 # ---- areas
+
+Fields = dict[str, gr.components.Component]
 
 
 @dataclass(frozen=True)
@@ -77,15 +106,16 @@ class About:
     note: gr.HTML
 
     @staticmethod
-    def of(info: CheckpointInfo) -> tuple[str, str]:
-        known = info.vocabulary
-        note = render.vocabulary(known) if known else render.licence(info.title, info.licence)
+    def of(family: type[Request], info: CheckpointInfo) -> tuple[str, str]:
+        known, full = info.vocabulary, catalog.published(family.family)
+        note = render.vocabulary(known, full) if known else render.licence(info.title, info.licence)
         return render.examples(info.examples[:EXAMPLES]), note
 
 
-def _ask() -> tuple[dict[str, gr.components.Component], gr.Button, gr.Button]:
+def _ask(further: Callable[[], Fields] = dict) -> tuple[Fields, gr.Button, gr.Button]:
+    """The prompts, what else `further` makes to ask with, and the buttons."""
     with gr.Column(elem_classes="ask"):
-        fields = controls.prompts()
+        fields = controls.prompts() | further()
         with gr.Row(elem_classes="actions"):
             generate = gr.Button("Generate", variant="primary", elem_classes="generate", scale=3)
             stop = gr.Button("Stop", elem_classes="stop", scale=1, min_width=80)
@@ -100,8 +130,8 @@ def _stage() -> tuple[gr.HTML, gr.HTML, gr.Button]:
     return canvas, status, again
 
 
-def _about(info: CheckpointInfo) -> About:
-    examples, note = About.of(info)
+def _about(family: type[Request], info: CheckpointInfo) -> About:
+    examples, note = About.of(family, info)
     with gr.Column(elem_classes="about"):
         return About(gr.HTML(examples), gr.HTML(note))
 
@@ -148,7 +178,7 @@ class Sheet:
         arrived = stopping.then(None, js=WAIT, **QUIET)
         again = arrived.then(None, status, status, js=STOPPING, cancels=[run], **QUIET)
         # Gradio forgets a run that it cancels before the server named it, and that one goes on: ours ends it.
-        ended = again.then(handlers.stopper(self.jobs), **QUIET)
+        ended = again.then(handlers.stopper(self.jobs, self.family), **QUIET)
         ended.then(None, status, status, js=STOPPED, **QUIET)
         ended.then(None, canvas, canvas, js=AT_REST, **QUIET)
 
@@ -174,10 +204,17 @@ class Sheet:
             gr.on(sampler.change, _sampler_info, sampler, sampler, **QUIET)  # pyright: ignore
 
     def _connect_plan(self) -> None:
+        plan_by = Controls(
+            {name: each for name, each in self.controls.by_field.items() if name in PLANNED_BY}
+        )
+
+        def request(values: Sequence[Any]) -> Request:
+            return handlers.build_shown(self.family, plan_by.fields(values))
+
         gr.on(
             None,  # when the page loads, and on every change of these
-            handlers.plan_in_words(self.jobs.studio, self.family, PLANNED_BY),
-            [self._field(name) for name in PLANNED_BY],
+            handlers.plan_in_words(self.jobs.studio, request),
+            plan_by.inputs,
             self.easel.plan,
             trigger_mode="always_last",
             show_progress="hidden",
@@ -227,7 +264,7 @@ class Sheet:
             info = self.jobs.studio.describe(self.family.family, checkpoint)
         except TriptychError as error:
             return None, ("", render.problem(str(error)))
-        return info, About.of(info)
+        return info, About.of(self.family, info)
 
 
 def _sampler_info(name: str) -> Any:

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from backend.requests import REQUESTS
 from tests.app.support import DEMO, LONG, ROOT, Server, connected
 from training import judge
 
 QUICK: Any = {"prompt": "a red house on green hills", "steps": 2}
 
 
-def paint(client: Client, **fields: Any) -> tuple[list[str], dict[str, Any]]:
-    return client.predict(**QUICK | fields, api_name="/sd15")
+def paint(client: Client, **asked: Any) -> tuple[list[str], dict[str, Any]]:
+    return client.predict(**QUICK | asked, api_name="/sd15")
 
 
 def texts(files: list[str]) -> list[str]:
@@ -73,8 +75,7 @@ def test_a_random_seed_is_told(client: Client) -> None:
 
 
 def test_the_judge_sees_a_red_house_at_night(client: Client) -> None:
-    fields = {"prompt": "a red house at night", "seed": 11, "num_images": 4, "steps": None}
-    files, _ = paint(client, **fields)
+    files, _ = paint(client, prompt="a red house at night", seed=11, num_images=4, steps=None)
     verdicts = judge.look(judge.load(), [Image.open(file) for file in files])
     right = [(seen.colour, seen.subject, seen.time) == ("red", "house", "night") for seen in verdicts]
     assert sum(right) >= 3, verdicts
@@ -140,15 +141,14 @@ def test_the_plan_loads_nothing_and_knows_the_published_sizes(client: Client) ->
     assert plan["decisions"]
 
 
-def test_the_parameters_are_the_fields(client: Client) -> None:
+@pytest.mark.parametrize("family", REQUESTS)
+def test_the_parameters_are_the_fields(client: Client, family: str) -> None:
     info: Any = client.view_api(return_format="dict", print_info=False)
-    assert set(info["named_endpoints"]) == {"/sd15", "/plan"}
-    parameters = info["named_endpoints"]["/sd15"]["parameters"]
+    assert set(info["named_endpoints"]) == {"/plan", *(f"/{name}" for name in REQUESTS)}
+    parameters = info["named_endpoints"][f"/{family}"]["parameters"]
     assert all(each["parameter_has_default"] for each in parameters)
-    assert {each["parameter_name"] for each in parameters} == {
-        "prompt", "negative_prompt", "checkpoint", "seed", "num_images", "width", "height", "dtype", "prefer",
-        "loras", "raw_prompt", "clip_skip", "config_from", "steps", "guidance_scale", "sampler",
-    }  # fmt: skip
+    names = {field.name for field in fields(REQUESTS[family])}
+    assert {each["parameter_name"] for each in parameters} == names
 
 
 # ---- bad input
@@ -179,12 +179,12 @@ BAD_VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), BAD_VALUES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("asked", "message"), BAD_VALUES, ids=lambda value: str(value)[:40])
 def test_bad_values_are_named_and_the_server_goes_on(
-    client: Client, fields: dict[str, Any], message: str
+    client: Client, asked: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(AppError, match=message) as caught:
-        paint(client, **fields)
+        paint(client, **asked)
     assert "Traceback" not in str(caught.value)
     assert paint(client)[0]
 

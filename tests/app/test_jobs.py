@@ -17,7 +17,7 @@ from PIL import Image
 
 from backend.errors import Cancelled, InvalidRequest, StorageError
 from backend.events import Event, Step, Waiting
-from backend.requests import SD15Request
+from backend.requests import SD15Request, StableCascadeRequest
 from ui import controls, render
 from ui.handlers import UNEXPECTED, Easel, painter
 from ui.jobs import Jobs, newest
@@ -155,15 +155,16 @@ def test_closing_stops_whatever_runs() -> None:
     assert studio.ended.is_set()
 
 
-def test_a_page_stops_its_own_jobs_alone() -> None:
+def test_a_tab_stops_its_own_jobs_alone() -> None:
     jobs, studio = jobs_of(endless)
 
     async def run() -> tuple[list[dict[Any, Any]], Exception | None]:
         work = asyncio.create_task(painted(jobs, on))
         await asyncio.sleep(0.1)
-        await jobs.stop("another page")
+        await jobs.stop("another page", SD15Request)
+        await jobs.stop("page", StableCascadeRequest)  # the other tab's
         assert not studio.ended.is_set()
-        await jobs.stop("page")
+        await jobs.stop("page", SD15Request)
         assert studio.ended.is_set()
         return await work
 

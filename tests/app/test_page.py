@@ -10,27 +10,21 @@ from urllib.parse import unquote
 
 import pytest
 from gradio_client import Client
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
+from tests.app.pages import (
+    NARROW,
+    WATCH,
+    WIDE,
+    no_sideways_scroll,
+    opened,
+    prompt,
+    slider,
+    status,
+    wait_for_preview,
+)
 from tests.app.support import LONG, Server
 from tests.checkpoints import sd15_folder
-
-WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
-PATIENCE = 120_000  # milliseconds: two cores that do other work as well are slow
-expect.set_options(timeout=PATIENCE)
-
-# Remembers every preview that the canvas shows, and every height that it takes.
-WATCH = """() => {
-  window.seen = {previews: new Set(), heights: new Set()};
-  const look = () => {
-    const canvas = document.querySelector('.canvas');
-    seen.heights.add(canvas.offsetHeight);
-    const preview = canvas.querySelector('img[alt=Preview]');
-    if (preview) seen.previews.add(preview.src);
-  };
-  look();
-  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
-}"""
 
 
 @pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
@@ -43,55 +37,12 @@ def wide(browser: Browser, server: Server) -> Iterator[Page]:
     yield from opened(browser, server, viewport=WIDE)
 
 
-def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """A fresh page; whatever it complained of in its console fails the test."""
-    inside = browser.new_context(**context)
-    page, complaints = inside.new_page(), []
-
-    def hear(said: ConsoleMessage) -> None:
-        if said.type == "error" and "422" not in said.text:  # Gradio's cancel of a run without a name yet
-            complaints.append(said.text)
-
-    page.on("console", hear)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.set_default_timeout(PATIENCE)
-    page.goto(server.url)
-    page.locator(".plan table").wait_for()  # the page has loaded, and told the plan
-    yield page
-    inside.close()
-    assert not complaints
-
-
-def prompt(page: Page) -> Any:
-    return page.get_by_label("Prompt", exact=True)
-
-
-def slider(page: Page, name: str, value: int) -> None:
-    field = page.get_by_label(f"number input for {name}")
-    field.fill(str(value))
-    field.blur()
-
-
 def make_it_long(page: Page) -> None:
     """Settings that keep any CPU busy for longer than the test takes to interrupt it."""
     slider(page, "Steps", 150)
     slider(page, "Number of pictures", 8)
     for side in ("Width", "Height"):
         page.get_by_label(side, exact=True).fill("256")
-
-
-def status(page: Page, state: str) -> Any:
-    found = page.locator(f".status[data-state={state}]")
-    found.wait_for()
-    return found
-
-
-def wait_for_preview(page: Page) -> None:
-    page.locator(".canvas[data-state=busy] img").first.wait_for()
-
-
-def no_sideways_scroll(page: Page) -> bool:
-    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:

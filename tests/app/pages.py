@@ -1,0 +1,81 @@
+"""Pages in a browser, and what the tests do on them; `On` is a page, or the open tab of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
+
+from tests.app.support import Server
+
+On = Page | Locator
+
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 120_000  # milliseconds: two cores that do other work as well are slow
+expect.set_options(timeout=PATIENCE)
+
+# Remembers every preview that the canvas shows, every height that it takes, and what the progress line says.
+WATCH = """() => {
+  window.seen = {previews: new Set(), heights: new Set(), said: new Set()};
+  const look = () => {
+    const canvas = [...document.querySelectorAll('.canvas')].find((each) => each.offsetParent);
+    seen.heights.add(canvas.offsetHeight);
+    const preview = canvas.querySelector('img[alt=Preview]');
+    if (preview) seen.previews.add(preview.src);
+    seen.said.add([...document.querySelectorAll('.status')].find((each) => each.offsetParent).innerText);
+  };
+  look();
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
+def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
+    """A fresh page; whatever it complained of in its console fails the test."""
+    inside = browser.new_context(**context)
+    page, complaints = inside.new_page(), []
+
+    def hear(said: ConsoleMessage) -> None:
+        if said.type == "error" and "422" not in said.text:  # Gradio's cancel of a run without a name yet
+            complaints.append(said.text)
+
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.set_default_timeout(PATIENCE)
+    page.goto(server.url)
+    page.locator(".plan table").wait_for()  # the page has loaded, and told the plan
+    yield page
+    inside.close()
+    assert not complaints
+
+
+def prompt(on: On) -> Any:
+    return on.get_by_label("Prompt", exact=True)
+
+
+def slider(on: On, name: str, value: int) -> None:
+    field = on.get_by_label(f"number input for {name}")
+    field.fill(str(value))
+    field.blur()
+
+
+def status(on: On, state: str) -> Any:
+    found = on.locator(f".status[data-state={state}]")
+    found.wait_for()
+    return found
+
+
+def wait_for_preview(on: On) -> None:
+    on.locator(".canvas[data-state=busy] img").first.wait_for()
+
+
+def no_sideways_scroll(page: Page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def open_tab(page: Page, name: str) -> Locator:
+    """Open a tab and wait for its plan → what is in it."""
+    page.get_by_role("tab", name=name).click()
+    panel = page.get_by_role("tabpanel")
+    panel.locator(".plan table").wait_for()
+    return panel
