@@ -11,7 +11,7 @@ N image prompts, D features, h w latent pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from backend.cascade.defaults import defaults
 from backend.cascade.optional import Previewer
 from backend.cascade.stage_a import StageA, StageAConfig
 from backend.cascade.unet import Conditioning, UNet, UNetConfig
-from backend.errors import CheckpointError, InvalidRequest, TriptychError
+from backend.errors import CheckpointError
 from backend.events import Notice
 from backend.nn.pictures import enlarged, linear_previews, to_pictures
-from backend.phases import Component, Phase, Pipeline, Progress
+from backend.phases import Component, Phase, Pipeline, Progress, Work
 from backend.requests import StableCascadeRequest
 from backend.sampling.noise import Noise
 from backend.sampling.wuerstchen import CosineSchedule, sample_wuerstchen
@@ -37,10 +37,11 @@ from backend.text.encoders import (
     load_tokenizer,
 )
 from backend.text.prompts import encode_pooled_prompts
-from backend.weights.parts import Parts, dtype_name, layout_of
+from backend.weights.parts import Parts, completed, dtype_name, finite, layout_of
 from backend.weights.source import Source
 
 AUTO_DTYPE = "bfloat16"  # what "auto" means where the device computes in it: Stage C must not run in float16
+CLIP_WIDTH = 512  # what a CLIP config that does not tell means, in transformers
 C_COMPRESSION = 42.67  # pixels to a latent pixel of Stage C, along a side; 1024 → 24
 TITLES = {"stage_c": "Stage C", "stage_b": "Stage B"}
 NETWORKS = {"stage_c": "prior", "stage_b": "decoder"}  # the lite ones' names end in _lite
@@ -108,8 +109,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Text:
-    """Features of the prompt, then of the negative one if anything is guided: (P, L, D) and pooled (P, D);
-    of the image prompts: (1, N, D), or one of zeros."""
+    """Features of the prompt, then of the negative one if Stage C is guided: (P, L, D); pooled ones, of the
+    negative one if anything is guided: (P, D); of the image prompts: (1, N, D), or one of zeros."""
 
     features: Tensor
     pooled: Tensor
@@ -132,14 +133,8 @@ def complete(
     request: StableCascadeRequest, source: Source, seeds: tuple[int, ...], stages: Mapping[str, str]
 ) -> Job:
     """Fill in the checkpoint's defaults. Raises CheckpointError for one that cannot be served."""
-    values = defaults(source)
-    missing = {name: value for name, value in values.items() if getattr(request, name) is None}
-    try:
-        full = replace(request, **missing)
-    except InvalidRequest as error:
-        raise CheckpointError(f"{source.name} has a default that cannot be served: {error}") from error
-    filled = {name: getattr(full, name) for name in values}
-    return Job(request=request, seeds=seeds, stages=stages, **filled)
+    values = completed(request, source, defaults(source))
+    return Job(request=request, seeds=seeds, stages=stages, **values)
 
 
 def pipeline(
@@ -171,7 +166,8 @@ def pipeline(
 
     def vision() -> Any:
         encoder = load_clip_vision(source, "image_encoder", dtype, device)
-        return load_image_processor(source, encoder.config.image_size), encoder
+        size: Any = encoder.config.image_size
+        return load_image_processor(source, size), encoder
 
     stage_a_config = StageAConfig.from_dict(source.config("vqgan"))
     shared = {
@@ -205,10 +201,22 @@ def pipeline(
     decisions = list(told(request, job, source, shrunk=len(plans) > 1))
     if prior_dtype != dtype:
         decisions.append(NOT_IN_FLOAT16)
+        notices = iter([Notice(text=NOT_IN_FLOAT16)])
+        phases = tuple(replace(phase, run=saying(notices, phase.run)) for phase in phases)
     return Pipeline(components=components, phases=phases, settings=job.settings(), decisions=tuple(decisions))
 
 
 NOT_IN_FLOAT16 = "Stage C overflows in float16, so it runs in bfloat16; the other stages run in float16."
+
+
+def saying(notices: Iterator[Notice], run: Work) -> Work:
+    """`run` after those of `notices` that no phase before it has said: it may have been kept, and not run."""
+
+    def work(parts: Mapping[str, Any], results: Mapping[str, Any]) -> Generator[Progress | Notice, None, Any]:
+        yield from notices
+        return (yield from run(parts, results))
+
+    return work
 
 
 def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[str, str]]:
@@ -257,8 +265,9 @@ def _phases(
     device: torch.device,
 ) -> tuple[Phase, ...]:
     request, prior, decoder = job.request, job.network("stage_c"), job.network("stage_b")
+    encoders = ("text_encoder", *(["image_encoder"] if request.images else []))
     configs = {name: UNetConfig.from_dict(source.config(name)) for name in (prior, decoder)}
-    check_together(source, configs[prior], configs[decoder], stage_a_config)
+    check_together(source, encoders, configs[prior], configs[decoder], stage_a_config)
     schedules = {
         "stage_c": CosineSchedule.from_dict(source.config("prior_scheduler")),
         "stage_b": CosineSchedule.from_dict(source.config("scheduler")),
@@ -266,7 +275,6 @@ def _phases(
     c_size = (math.ceil(job.height / C_COMPRESSION), math.ceil(job.width / C_COMPRESSION))
     b_size = (job.height // stage_a_config.scale, job.width // stage_a_config.scale)
     rgb = LATENT_RGB | source.extras().get("latent_rgb", {})
-    encoders = ("text_encoder", *(["image_encoder"] if request.images else []))
     previewer = ("previewer",) if "previewer" in components else ()
 
     # what each phase reads, and no more: new decoder settings leave Stage C's result standing
@@ -275,6 +283,7 @@ def _phases(
         made_by = [components[name].identity for name in encoders]
         return (*made_by, request.prompt, negative, request.images, request.raw_prompt, request.clip_skip)
 
+    encode_key = ("encode", job.guided["stage_c"], prompts(any(job.guided.values())))
     c_key = (
         "stage_c", prompts(job.guided["stage_c"]), components[prior].identity, job.seeds, job.prior_steps,
         job.prior_guidance_scale, job.width, job.height, schedules["stage_c"],
@@ -286,7 +295,7 @@ def _phases(
     batch, item = len(job.seeds), dtype.itemsize
     return (
         Phase(
-            name="encode", components=encoders, key=("encode", prompts(any(job.guided.values()))),
+            name="encode", components=encoders, key=encode_key,
             work_bytes=encode_work(item),
             run=lambda parts, _: encode(parts, job, configs[prior]),
         ),
@@ -295,7 +304,7 @@ def _phases(
             work_bytes=unet_work(configs[prior], batch * (1 + job.guided["stage_c"]), c_size, prior_dtype),
             run=lambda parts, results: stage_c(
                 parts[prior], parts.get("previewer"), results["encode"], job, schedules["stage_c"], c_size,
-                prior_dtype, device, rgb["stage_c"], told_float16=prior_dtype != dtype,
+                prior_dtype, device, rgb["stage_c"],
             ),
         ),
         Phase(
@@ -314,14 +323,25 @@ def _phases(
     )  # fmt: skip
 
 
-def check_together(source: Source, prior: UNetConfig, decoder: UNetConfig, stage_a: StageAConfig) -> None:
-    """Refuse stages that do not speak to each other. Raises CheckpointError."""
+def check_together(
+    source: Source, encoders: Iterable[str], prior: UNetConfig, decoder: UNetConfig, stage_a: StageAConfig
+) -> None:
+    """Refuse networks that do not speak to each other. Raises CheckpointError."""
     if prior.clip_text_in_channels is None or prior.clip_image_in_channels is None:
         raise CheckpointError(f"{source.name}: the prior is no Stage C: it takes no text or no images")
-    for one, ours, other, theirs in (
+    text, *vision = (source.config(name) for name in encoders)
+    width, pooled = (text.get(name, CLIP_WIDTH) for name in ("hidden_size", "projection_dim"))
+    links = [
         ("prior makes latents", prior.out_channels, "decoder takes", decoder.effnet_in_channels),
         ("decoder makes latents", decoder.out_channels, "vqgan takes", stage_a.latent_channels),
-    ):
+        ("text_encoder gives features", width, "prior takes", prior.clip_text_in_channels),
+        ("text_encoder gives pooled features", pooled, "prior takes", prior.clip_text_pooled_in_channels),
+        ("text_encoder gives pooled features", pooled, "decoder takes", decoder.clip_text_pooled_in_channels),
+    ]
+    for each in vision:
+        seen = each.get("projection_dim", CLIP_WIDTH)
+        links.append(("image_encoder gives features", seen, "prior takes", prior.clip_image_in_channels))
+    for one, ours, other, theirs in links:
         if ours != theirs:
             raise CheckpointError(
                 f"{source.name}: the {one} of {ours} channels, and the {other} {theirs or 'none'}: "
@@ -334,10 +354,20 @@ def encode(parts: Mapping[str, Any], job: Job, prior: UNetConfig) -> Generator[P
     tokenizer, encoder = parts["text_encoder"]
     request = job.request
     steps = 1 + len(request.images)
-    prompts = [request.prompt, *([request.negative_prompt] if any(job.guided.values()) else [])]
-    features, pooled = encode_pooled_prompts(
-        encoder, tokenizer, prompts, raw=request.raw_prompt, skip=request.clip_skip, masked=True
-    )
+
+    def read(*prompts: str) -> tuple[Tensor, Tensor]:
+        return encode_pooled_prompts(
+            encoder, tokenizer, prompts, raw=request.raw_prompt, skip=request.clip_skip, masked=True
+        )
+
+    if job.guided["stage_c"]:
+        features, pooled = read(request.prompt, request.negative_prompt)
+    else:
+        features, pooled = read(request.prompt)
+        if job.guided[
+            "stage_b"
+        ]:  # apart: a longer one would fill up the prompt's features, and change Stage C
+            pooled = torch.cat([pooled, read(request.negative_prompt)[1]])
     yield Progress(step=1, steps=steps)
     embeddings: list[Tensor] = []
     for index, image in enumerate(request.images):
@@ -365,12 +395,7 @@ def stage_c(
     dtype: torch.dtype,
     device: torch.device,
     rgb: Mapping[str, Any],
-    *,
-    told_float16: bool,
-) -> Generator[Progress | Notice, None, Composition]:
-    """Stage C never runs in float16; where that was asked for, it says so first."""
-    if told_float16:
-        yield Notice(text=NOT_IN_FLOAT16)
+) -> Generator[Progress, None, Composition]:
     prompts = 1 + job.guided["stage_c"]
     images = torch.cat([text.images, torch.zeros_like(text.images)])[:prompts]  # (P, N, D)
     conditioning = unet.condition(
@@ -386,7 +411,7 @@ def stage_c(
     latents = yield from denoise(
         unet, conditioning, noise, schedule, job.prior_steps, job.prior_guidance_scale, dtype, device, draw
     )
-    return Composition(_finite(latents, "Stage C", dtype), noise.state())
+    return Composition(finite(latents, "Stage C", dtype), noise.state())
 
 
 @torch.no_grad()
@@ -413,7 +438,7 @@ def stage_b(
     latents = yield from denoise(
         unet, conditioning, noise, schedule, steps, guidance, dtype, device, lambda x: linear_previews(x, rgb)
     )
-    return _finite(latents, "Stage B", dtype)
+    return finite(latents, "Stage B", dtype)
 
 
 def denoise(
@@ -454,17 +479,9 @@ def stage_a(
     pictures: list[Image] = []
     for index, one in enumerate((latents * network.config.scale_factor).split(1)):
         pixels = network.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)))
-        pictures += to_pictures(_finite(pixels, "Stage A", dtype))
+        pictures += to_pictures(finite(pixels, "Stage A", dtype))
         yield Progress(step=index + 1, steps=len(latents))
     return pictures
-
-
-def _finite(values: Tensor, stage: str, dtype: torch.dtype) -> Tensor:
-    """Raises TriptychError for values that no picture can be made of."""
-    if not values.isfinite().all():
-        advice = "the weights may be damaged" if dtype == torch.float32 else "bfloat16 or float32 may help"
-        raise TriptychError(f"{stage} in {dtype_name(dtype)} gave values that are not numbers; {advice}")
-    return values
 
 
 def encode_work(item: int) -> int:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from backend.errors import CheckpointError, InvalidRequest, TriptychError
+from backend.errors import CheckpointError
 from backend.events import Notice
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.nn.pictures import linear_previews, to_pictures
@@ -27,7 +27,7 @@ from backend.sd15.defaults import defaults
 from backend.sd15.unet import UNet, UNetConfig
 from backend.text.encoders import load_clip_text, load_tokenizer
 from backend.text.prompts import encode_prompts
-from backend.weights.parts import Parts, dtype_name, layout_of
+from backend.weights.parts import Parts, completed, finite, layout_of
 from backend.weights.source import Source
 
 # What "auto" means on a device that computes in it: fp16 keeps three more bits than bf16, and no network of
@@ -77,16 +77,9 @@ class Job:
 
 def complete(request: SD15Request, source: Source, seeds: tuple[int, ...]) -> Job:
     """Fill in the checkpoint's defaults. Raises CheckpointError for one that cannot be served."""
-    values = defaults(source)
-    missing = {name: value for name, value in values.items() if getattr(request, name) is None}
-    try:
-        full = replace(request, **missing)
-    except InvalidRequest as error:
-        raise CheckpointError(f"{source.name} has a default that cannot be served: {error}") from error
+    values = completed(request, source, defaults(source))
     distilled = source.config("unet").get("time_cond_proj_dim") is not None
-    return Job(
-        request=request, seeds=seeds, distilled=distilled, **{name: getattr(full, name) for name in values}
-    )
+    return Job(request=request, seeds=seeds, distilled=distilled, **values)
 
 
 def pipeline(
@@ -222,11 +215,8 @@ def decode(
     vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device, tile: int | None
 ) -> Generator[Progress | Notice, None, list[Image]]:
     """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
-    if not latents.isfinite().all():
-        advice = "the weights may be damaged" if dtype == torch.float32 else "bfloat16 or float32 may help"
-        raise TriptychError(f"denoising in {dtype_name(dtype)} gave values that are not numbers; {advice}")
     pictures: list[Image] = []
-    for index, one in enumerate(vae.from_model(latents).split(1)):
+    for index, one in enumerate(vae.from_model(finite(latents, "denoising", dtype)).split(1)):
         pixels = vae.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)), tile=tile)
         if not pixels.isfinite().all() and dtype == torch.float16:
             yield Notice(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.phases import Component
+from backend.requests import Request
 from backend.weights.load import load_module
 from backend.weights.source import Source
 
@@ -63,3 +65,28 @@ def layout_of(dtype: torch.dtype) -> torch.memory_format:
     """Channels last where it helps: in 16 bits convolutions gain; in float32 they do not, and weights in the
     files' own layout are run from the mapped file without a copy."""
     return torch.channels_last if dtype.itemsize == 2 else torch.contiguous_format
+
+
+def completed(request: Request, source: Source, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `defaults` names, as the request has them, else by those defaults of the checkpoint's.
+
+    Raises CheckpointError for a default that cannot be served.
+    """
+    missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+    try:
+        full = replace(request, **missing)
+    except InvalidRequest as error:
+        raise CheckpointError(f"{source.name} has a default that cannot be served: {error}") from error
+    return {name: getattr(full, name) for name in defaults}
+
+
+def finite(values: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """`values`, which `what` gave, computing in `dtype`.
+
+    Raises TriptychError where no picture can be made of them.
+    """
+    if not values.isfinite().all():
+        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
+        advice = f"{wider} may help" if wider else "the weights may be damaged"
+        raise TriptychError(f"{what} in {dtype_name(dtype)} gave values that are not numbers; {advice}")
+    return values
