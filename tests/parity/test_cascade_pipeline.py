@@ -67,11 +67,13 @@ def reference(
         "tokenizer": CLIPTokenizer.from_pretrained(first / "tokenizer"),
         "text_encoder": CLIPTextModelWithProjection.from_pretrained(first / "text_encoder"),
     }
+    # the constructor is annotated with the processor that works on torchvision, which is not installed
+    processor: Any = CLIPImageProcessorPil.from_pretrained(first / "feature_extractor")
     priors = StableCascadePriorPipeline(
         prior=StableCascadeUNet.from_pretrained(first / f"prior{variants[0]}"),
         scheduler=DDPMWuerstchenScheduler(),
         image_encoder=CLIPVisionModelWithProjection.from_pretrained(first / "image_encoder"),
-        feature_extractor=CLIPImageProcessorPil.from_pretrained(first / "feature_extractor"),
+        feature_extractor=processor,
         **text,
     )
     decoders = StableCascadeDecoderPipeline(
