@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from backend.infotext import describe, parse, restore, write
+from backend.requests import SD15Request, StableCascadeRequest
 from backend.version import VERSION
 
 SETTINGS: dict[str, Any] = {
@@ -59,6 +60,78 @@ def test_paths_stay_private(checkpoint: str, model: str) -> None:
     text = describe({**SETTINGS, "checkpoint": checkpoint}, 7)
     assert parse(text).fields["Model"] == model
     assert restore(text).get("checkpoint") == (checkpoint if model == checkpoint else None)
+
+
+CASCADE: dict[str, Any] = {
+    "prompt": "a red house",
+    "negative_prompt": "night",
+    "prior_steps": 20,
+    "prior_guidance_scale": 4.0,
+    "decoder_steps": 10,
+    "decoder_guidance_scale": 0.0,
+    "width": 1024,
+    "height": 1536,
+    "checkpoint": "stable-cascade",
+    "stages": "auto",
+    "stage_c": "full",
+    "stage_b": "lite",
+    "images": ["/home/me/private/cat.png", "picture 0123"],
+    "raw_prompt": False,
+    "clip_skip": 0,
+}
+
+
+def test_cascade_in_the_widely_used_form() -> None:
+    """What every tool reads tells of Stage C; where image prompts lie is nobody's business."""
+    assert describe(CASCADE, 7) == (
+        "a red house\n"
+        "Negative prompt: night\n"
+        "Steps: 20, Sampler: DDPM Wuerstchen, CFG scale: 4, Seed: 7, Size: 1024x1536, Model: stable-cascade,"
+        " Decoder steps: 10, Decoder CFG scale: 0, Stage C: full, Stage B: lite, Image prompts: 2,"
+        f" Version: Triptych {VERSION}"
+    )
+    assert "Image prompts" not in describe({**CASCADE, "images": []}, 7)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"prior_guidance_scale": 1.25, "decoder_guidance_scale": 2.5, "stage_c": "lite"},
+        {"prompt": "Decoder steps: 3, Stage C: lite, Steps: 9", "negative_prompt": "a\nNegative prompt: b"},
+        {"prompt": "", "clip_skip": 1, "raw_prompt": True},
+    ],
+    ids=str,
+)
+def test_restore_is_the_way_back_for_cascade(changed: dict[str, Any]) -> None:
+    settings = {
+        **CASCADE,
+        "checkpoint": "someone/some-cascade",
+        "clip_skip": 1,
+        "raw_prompt": True,
+        **changed,
+    }
+    told = restore(describe(settings, 7))
+    kept = {name: value for name, value in settings.items() if name not in ("stages", "images")}
+    assert told == {**kept, "seed": 7}
+    StableCascadeRequest(**told)  # every value can be asked for
+
+
+def test_restored_stages_are_stages() -> None:
+    text = describe({**CASCADE, "stage_c": "huge", "stage_b": "auto"}, 7)
+    assert not {"stage_c", "stage_b"} & set(restore(text))
+
+
+def test_each_family_restores_its_own_fields() -> None:
+    told = restore(describe(SETTINGS, 7))
+    assert not [name for name in told if name.startswith(("prior", "decoder", "stage"))]
+    SD15Request(**told)
+    assert not {"steps", "guidance_scale", "sampler"} & set(restore(describe(CASCADE, 7)))
+
+
+def test_damaged_cascade_texts() -> None:
+    text = "a\nSteps: 20, Seed: 1, Decoder steps: many, Decoder CFG scale: nan, Stage C: medium"
+    assert restore(text) == {"prompt": "a", "negative_prompt": "", "prior_steps": 20, "seed": 1}
 
 
 TEXTS = [

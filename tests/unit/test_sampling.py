@@ -25,6 +25,7 @@ from backend.sampling.schedules import (
     sigma_table,
     spaced_timesteps,
 )
+from backend.sampling.wuerstchen import CosineSchedule, sample_wuerstchen
 
 SD15 = {
     "beta_start": 0.00085,
@@ -169,6 +170,115 @@ def test_a_config_that_cannot_be_served_is_named(key: str, value: object) -> Non
     with pytest.raises(CheckpointError, match=f"{key}|beta ") as error:
         configured(**{key: value})
     assert "can be" in str(error.value)
+
+
+# Stable Cascade's schedule and sampler
+
+
+def test_the_published_cosine_schedule() -> None:
+    """ᾱ(t) = cos²((t + s) / (1 + s) · π/2) / cos²(s / (1 + s) · π/2), never quite 0 or 1."""
+    ratios = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    expected = [0.9999, 0.847012, 0.493843, 0.144274, 0.0001]
+    assert CosineSchedule().alpha_bars(ratios).tolist() == pytest.approx(expected, abs=1e-5)
+    dense = CosineSchedule().alpha_bars(torch.linspace(0, 1, 101))
+    assert (dense[1:] <= dense[:-1]).all()
+
+
+@pytest.mark.parametrize("scaler", [0.5, 2.0])
+def test_a_scaler_means_more_noise(scaler: float) -> None:
+    ratios = torch.linspace(0.05, 0.95, 19)
+    plain, scaled = (CosineSchedule(scaler=each).alpha_bars(ratios) for each in (1.0, scaler))
+    assert (scaled < plain).all()
+    bent = {0.5: ratios**0.5, 2.0: 1 - (1 - ratios) ** 2}[scaler]
+    torch.testing.assert_close(scaled, CosineSchedule().alpha_bars(bent))
+
+
+def test_a_published_cosine_schedule_is_read() -> None:
+    published = {
+        "_class_name": "DDPMWuerstchenScheduler",
+        "_diffusers_version": "0.27",
+        "scaler": 2,
+        "s": 0.01,
+    }
+    assert CosineSchedule.from_dict(published) == CosineSchedule(scaler=2, s=0.01)
+    assert CosineSchedule.from_dict({}) == CosineSchedule(scaler=1.0, s=0.008)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "'PNDMScheduler'; it can be 'DDPMWuerstchenScheduler'"),
+        ({"scaler": 0}, "scaler is 0 and s 0.008; both must be above 0"),
+        ({"scaler": -1.0}, "above 0"),
+        ({"scaler": float("nan")}, "above 0"),
+        ({"s": 0.0}, "s 0; both must be above 0"),
+        ({"scaler": "1.0"}, "scaler is '1.0', of a wrong type"),
+        ({"s": None}, "s is None, of a wrong type"),
+        ({"scaler": True}, "wrong type"),
+    ],
+    ids=str,
+)
+def test_another_schedule_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        CosineSchedule.from_dict({"_class_name": "DDPMWuerstchenScheduler", **changes})
+
+
+def cascade_path(noise: Noise, steps: int, denoise: Any = None) -> list[Sample]:
+    def network(latents: Tensor, ratio: Tensor) -> Tensor:
+        return torch.tanh(latents + ratio)
+
+    return list(sample_wuerstchen(denoise or network, noise, CosineSchedule(), steps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 150])
+def test_cascade_steps_are_counted_and_finite(steps: int) -> None:
+    ratios: list[float] = []
+
+    def seen(latents: Tensor, ratio: Tensor) -> Tensor:
+        assert latents.dtype == ratio.dtype == torch.float32
+        ratios.append(ratio.item())
+        return torch.tanh(latents).bfloat16()
+
+    path = cascade_path(Noise([7], SHAPE), steps, seen)
+    assert [s.step for s in path] == list(range(1, steps + 1))
+    assert ratios == pytest.approx([1 - index / steps for index in range(steps)], abs=1e-6)
+    assert all(torch.isfinite(s.latents).all() and s.latents.dtype == torch.float32 for s in path)
+
+
+def test_a_perfect_network_finds_the_picture_in_cascade_too() -> None:
+    picture = torch.linspace(-1, 1, 32).reshape(1, *SHAPE)
+
+    def exact(latents: Tensor, ratio: Tensor) -> Tensor:
+        alpha_bar = CosineSchedule().alpha_bars(ratio)
+        return (latents - alpha_bar**0.5 * picture) / (1 - alpha_bar) ** 0.5
+
+    last = cascade_path(Noise([1], SHAPE), 10, exact)[-1]
+    torch.testing.assert_close(last.denoised, picture, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(last.latents, picture, rtol=0, atol=0.03)  # ᾱ ends at 0.9999
+
+
+def test_the_noise_runs_on_from_stage_c_into_stage_b() -> None:
+    """Restored states give Stage B, of another shape, what one pair of generators would have given it."""
+    seeds, outer = [3, 4], (1, 8, 8)
+    stage_c = Noise(seeds, SHAPE)
+    cascade_path(stage_c, 5)
+    stage_b = Noise([8, 9], outer)
+    stage_b.restore(stage_c.state())
+    path = cascade_path(stage_b, 3)[-1].latents
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for generator in generators:
+        for _ in range(6):  # the start, and one a step
+            torch.randn(SHAPE, generator=generator)
+    drawn = Noise(seeds, outer)
+    drawn.restore([generator.get_state() for generator in generators])
+    assert torch.equal(cascade_path(drawn, 3)[-1].latents, path)
+    assert not torch.equal(cascade_path(Noise(seeds, outer), 3)[-1].latents, path)  # not begun anew
+
+
+def test_noise_of_another_batch_is_not_restored() -> None:
+    with pytest.raises(ValueError):
+        Noise([1, 2], SHAPE).restore(Noise([1], SHAPE).state())
 
 
 # Samplers
