@@ -364,10 +364,9 @@ def encode(parts: Mapping[str, Any], job: Job, prior: UNetConfig) -> Generator[P
         features, pooled = read(request.prompt, request.negative_prompt)
     else:
         features, pooled = read(request.prompt)
-        if job.guided[
-            "stage_b"
-        ]:  # apart: a longer one would fill up the prompt's features, and change Stage C
-            pooled = torch.cat([pooled, read(request.negative_prompt)[1]])
+    if job.guided["stage_b"] and not job.guided["stage_c"]:
+        # apart: a longer one would fill up the prompt's features, and change Stage C
+        pooled = torch.cat([pooled, read(request.negative_prompt)[1]])
     yield Progress(step=1, steps=steps)
     embeddings: list[Tensor] = []
     for index, image in enumerate(request.images):
