@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import app
-from backend import SD15Request
+from backend import SD15Request, StableCascadeRequest
 
 ROOT = Path(app.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,11 +34,12 @@ def test_every_flag_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_python_blocks_are_python() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         compile(block, "README.md", "exec")
-    for name in re.findall(r"(\w+)=", blocks[0]):
-        assert name == "api_name" or name in SD15Request.__dataclass_fields__
+    for block, request in zip(blocks, (SD15Request, StableCascadeRequest), strict=False):
+        for name in re.findall(r"(\w+)=", block):
+            assert name == "api_name" or name in request.__dataclass_fields__
 
 
 def test_runtime_pins_are_exact_and_torch_comes_first() -> None:
