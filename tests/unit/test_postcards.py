@@ -163,8 +163,9 @@ def test_where_no_place_is_said_the_subject_is_in_the_centre() -> None:
             assert scene.place == "centre"
 
 
-def test_the_demo_knows_the_words_of_its_examples() -> None:
+@pytest.mark.parametrize("demo", ["sd15", "stable-cascade"])
+def test_the_demo_knows_the_words_of_its_examples(demo: str) -> None:
     known = set(vocabulary())
-    settings = json.loads((judge.DEMO / "sd15" / "triptych.json").read_text(encoding="utf-8"))
+    settings = json.loads((judge.DEMO / demo / "triptych.json").read_text(encoding="utf-8"))
     for prompt in (*settings["examples"], *judge.SAMPLES):
         assert set(prompt.replace(",", " ").replace("-", " ").split()) <= known, prompt
