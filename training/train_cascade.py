@@ -143,9 +143,9 @@ DECODER_INDEX: dict[str, Any] = {
     "vqgan": ["wuerstchen", "PaellaVQModel"],
 }
 DEFAULTS = {
-    "prior_steps": 20,
-    "prior_guidance_scale": 3.0,
-    "decoder_steps": 10,
+    "prior_steps": 16,
+    "prior_guidance_scale": 2.0,
+    "decoder_steps": 12,
     "decoder_guidance_scale": 0.0,
     "width": 128,
     "height": 128,
@@ -164,8 +164,8 @@ STAGE_A_RECIPE = Recipe(steps=4000, learning_rate=3e-3, average=0.995, seed=SEED
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
 IMAGE_RECIPE = Recipe(steps=2500, learning_rate=1e-3, warmup=200, average=0.995, seed=SEED)
 SCENE_RECIPE = Recipe(steps=1700, learning_rate=2e-3, average=0.997, seed=SEED)
-STAGE_B_RECIPE = Recipe(steps=19_000, learning_rate=1.5e-3, warmup=200, average=0.998, seed=SEED)
-PRIOR_RECIPE = Recipe(steps=5000, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
+STAGE_B_RECIPE = Recipe(steps=13_500, learning_rate=1.5e-3, warmup=200, average=0.998, seed=SEED)
+PRIOR_RECIPE = Recipe(steps=4000, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
 POLISH_RECIPE = Recipe(steps=1000, learning_rate=1e-3, average=0.995, seed=SEED)
 B_BATCH, C_BATCH = 32, 96
 SCENE_NOISE = 0.3  # on the scene that Stage B is told, at most: what Stage C says is not exact
