@@ -112,10 +112,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
 @pytest.fixture(scope="module")
 def encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     torch.manual_seed(0)
+    ends: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=2, hidden_act="gelu", projection_dim=16,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        **ends,
     )  # fmt: skip
     return unlike_at_start(CLIPTextModelWithProjection(config)).eval()
 
