@@ -6,6 +6,7 @@ Sources: Ho et al. (arXiv:2006.11239), Nichol and Dhariwal (arXiv:2102.09672), a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +27,7 @@ LEAST, MOST = 0.0001, 0.9999  # ᾱ stays between these
 class CosineSchedule:
     """ᾱ(t) = cos²((t + s) / (1 + s) · π/2), relative to ᾱ(0), for ratios t from 0, no noise, to 1, all noise.
 
-    `scaler` above 1 bends t towards more noise, below 1 likewise towards more, as the published scheduler.
+    `scaler` other than 1 bends t towards more noise: 1 - (1 - t)^scaler above it, t^scaler below.
     """
 
     scaler: float = 1.0
@@ -37,9 +38,10 @@ class CosineSchedule:
         """Read a published `scheduler_config.json`. Raises CheckpointError for one of another scheduler."""
         require("scheduler", published, {"_class_name": ("DDPMWuerstchenScheduler",)})
         schedule = read_config(cls, "scheduler", published)
-        if not (schedule.scaler > 0 and schedule.s > 0):
+        if not (0 < schedule.scaler < math.inf and 0 < schedule.s < math.inf):
             raise CheckpointError(
-                f"scheduler config: scaler is {schedule.scaler:g} and s {schedule.s:g}; both must be above 0"
+                f"scheduler config: scaler is {schedule.scaler:g} and s {schedule.s:g}; "
+                "both can be any number above 0"
             )
         return schedule
 
