@@ -208,10 +208,11 @@ def test_a_published_cosine_schedule_is_read() -> None:
     ("changes", "told"),
     [
         ({"_class_name": "PNDMScheduler"}, "'PNDMScheduler'; it can be 'DDPMWuerstchenScheduler'"),
-        ({"scaler": 0}, "scaler is 0 and s 0.008; both must be above 0"),
+        ({"scaler": float("inf")}, "scaler is inf and s 0.008; both can be any number above 0"),
+        ({"scaler": 0}, "scaler is 0 and s 0.008; both can be any number above 0"),
         ({"scaler": -1.0}, "above 0"),
         ({"scaler": float("nan")}, "above 0"),
-        ({"s": 0.0}, "s 0; both must be above 0"),
+        ({"s": 0.0}, "s 0; both can be any number above 0"),
         ({"scaler": "1.0"}, "scaler is '1.0', of a wrong type"),
         ({"s": None}, "s is None, of a wrong type"),
         ({"scaler": True}, "wrong type"),
