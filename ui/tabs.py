@@ -22,11 +22,14 @@ from ui.jobs import Jobs
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 EXAMPLES = 4  # shown at once
-STARTING = f"() => {json.dumps(render.starting())}"
+PLACED = json.dumps(render.starting())
+STARTING = f"() => {PLACED}"
 WAIT = "() => new Promise((done) => setTimeout(done, 500))"
 LAST = json.dumps(render.starting("Stopping…"))
 STOPPING = f"(shown) => shown.includes({json.dumps(render.BUSY)}) ? {LAST} : shown"
 STOPPED = f"(shown) => shown === {LAST} ? {json.dumps(render.stopped())} : shown"
+REFUSED = json.dumps(render.failed("Not begun: the note in the corner of the page says why."))
+UNHEARD = f"(shown) => shown === {PLACED} ? {REFUSED} : shown"  # a stopped run has failed, too
 AT_REST = f"(shown) => shown.replace({json.dumps(render.BUSY)}, {json.dumps(render.IDLE)})"  # preview stays
 PLANNED_BY = frozenset(
     ("checkpoint", "config_from", "width", "height", "num_images", "dtype", "stage_c", "stage_b", "images")
@@ -173,6 +176,8 @@ class Sheet:
             api_visibility="private",
             **DEVICE,
         )
+        # A full queue, or an upload that is gone: nothing of ours ran that could end the progress line.
+        run.failure(None, status, status, js=UNHEARD, **QUIET)
         stopping = buttons.stop.click(None, status, status, js=STOPPING, cancels=[run], **QUIET)
         # Once more when whatever was on its way has arrived: it would stand there for good.
         arrived = stopping.then(None, js=WAIT, **QUIET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,8 @@ def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
     page, complaints = inside.new_page(), []
 
     def hear(said: ConsoleMessage) -> None:
-        if said.type == "error" and "422" not in said.text:  # Gradio's cancel of a run without a name yet
+        # 422: Gradio's cancel of a run without a name yet; 503: a full queue
+        if said.type == "error" and not re.search("422|503", said.text):
             complaints.append(said.text)
 
     page.on("console", hear)

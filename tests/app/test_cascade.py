@@ -177,8 +177,8 @@ def drop(tab: Locator, *files: Path) -> None:
 def test_a_prompt_becomes_a_picture(page: Page, red: Path) -> None:
     tab = open_tab(page, CASCADE)
     page.evaluate(WATCH)
-    slider(tab, "Composition steps", 100)
-    slider(tab, "Detail steps", 60)
+    slider(tab, "Composition steps", 60)
+    slider(tab, "Detail steps", 30)
     shown = tab.locator(PROMPTS)
     drop(tab, red)
     expect(shown).to_have_count(1)

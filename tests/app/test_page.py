@@ -182,6 +182,17 @@ def test_an_error_is_told_and_the_picture_stays(wide: Page) -> None:
     expect(status(wide, "failed")).to_contain_text("seed is '77777777777777777777…'; it can be")
 
 
+def test_a_full_queue_is_told(wide: Page) -> None:
+    """Nothing of ours runs then."""
+    wide.route("**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "busy"}))
+    wide.get_by_role("button", name="Generate").click()
+    expect(status(wide, "failed")).to_contain_text("Not begun")
+    wide.unroute_all()
+    slider(wide, "Steps", 2)
+    wide.get_by_role("button", name="Generate").click()
+    status(wide, "done")
+
+
 def test_a_seed_is_reused(wide: Page) -> None:
     slider(wide, "Steps", 2)
     wide.get_by_role("button", name="Generate").click()
