@@ -108,8 +108,8 @@ def names(family: str) -> list[str]:
 
 
 def entry(family: str, name: str) -> CatalogueEntry | None:
-    """The family's checkpoint of that name, None for one that is not catalogued."""
-    return next((entry for entry in entries(family) if entry.name == name), None)
+    """The family's checkpoint of that name, or of that repository; None for one that is not catalogued."""
+    return next((entry for entry in entries(family) if name in (entry.name, *entry.repositories)), None)
 
 
 def published(family: str) -> CatalogueEntry:

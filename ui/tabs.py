@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,60 +36,57 @@ PLANNED_BY = frozenset(
 )
 
 
+Fields = dict[str, gr.components.Component]
+
+
 def sd15(jobs: Jobs) -> None:
     """Stable Diffusion 1.5."""
-    family = SD15Request
-    info = jobs.studio.describe(family.family, "demo")
-    with gr.Tab("Stable Diffusion 1.5", id=family.family), gr.Row(elem_classes="studio"):
-        fields, generate, stop = _ask()
-        canvas, status, again = _stage()
-        about = _about(family, info)
-        with gr.Column(elem_classes="tune"):
-            shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
-            fields |= size | controls.sampling(info.defaults)
-            random, reuse, seeds = controls.seed_and_count()
-            fields |= seeds
-            with gr.Accordion("Advanced", open=False):
-                fields["checkpoint"] = controls.checkpoint(jobs.studio.catalogue(family.family))
-                fields["sampler"] = controls.sampler(info.defaults["sampler"])
-                fields |= controls.advanced()
-        with gr.Column(elem_classes="below"):
-            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
-    easel = Easel(canvas, status, plan, last)
-    sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
-    sheet.connect(Buttons(generate, stop, random, reuse, again))
+    _tab(jobs, SD15Request, controls.sampling, lambda own: {"sampler": controls.sampler(own["sampler"])})
 
 
 def stable_cascade(jobs: Jobs) -> None:
     """Stable Cascade."""
-    family = StableCascadeRequest
-    info = jobs.studio.describe(family.family, "demo")
-    with gr.Tab("Stable Cascade", id=family.family), gr.Row(elem_classes="studio"):
-        fields, generate, stop = _ask(lambda: {"images": controls.image_prompts()})
-        canvas, status, again = _stage()
-        about = _about(family, info)
-        with gr.Column(elem_classes="tune"):
-            shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
-            fields |= size | controls.stage_sampling(info.defaults)
-            random, reuse, seeds = controls.seed_and_count()
-            fields |= seeds
-            with gr.Accordion("Advanced", open=False):
-                fields["checkpoint"] = controls.checkpoint(jobs.studio.catalogue(family.family))
-                fields |= controls.stage_sizes() | controls.advanced()
-        with gr.Column(elem_classes="below"):
-            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
-    easel = Easel(canvas, status, plan, last)
-    sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
-    sheet.connect(Buttons(generate, stop, random, reuse, again))
+
+    def images() -> Fields:
+        return {"images": controls.image_prompts()}
+
+    _tab(jobs, StableCascadeRequest, controls.stage_sampling, lambda _: controls.stage_sizes(), images)
 
 
 # The page opens on the first: the one that is loaded beforehand and paints fastest.
 TABS: tuple[Callable[[Jobs], None], ...] = (sd15, stable_cascade)
 
 
-# ---- areas
+def _tab(
+    jobs: Jobs,
+    family: type[Request],
+    sampling: Callable[[Mapping[str, Any]], Fields],
+    choices: Callable[[Mapping[str, Any]], Fields],
+    further: Callable[[], Fields] = dict,
+) -> None:
+    """A family's tab. Of its own are the controls that these make of the demo's defaults: `sampling`, the
+    `choices` in the Advanced fold, and what it asks `further` beside the prompts."""
+    info = jobs.studio.describe(family.family, "demo")
+    with gr.Tab(catalog.FAMILIES[family.family].title, id=family.family), gr.Row(elem_classes="studio"):
+        fields, generate, stop = _ask(further)
+        canvas, status, again = _stage()
+        about = _about(family, info)
+        with gr.Column(elem_classes="tune"):
+            shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
+            fields |= size | sampling(info.defaults)
+            random, reuse, seeds = controls.seed_and_count()
+            fields |= seeds
+            with gr.Accordion("Advanced", open=False):
+                fields["checkpoint"] = controls.checkpoint(jobs.studio.catalogue(family.family))
+                fields |= choices(info.defaults) | controls.advanced()
+        with gr.Column(elem_classes="below"):
+            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
+    easel = Easel(canvas, status, plan, last)
+    sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
+    sheet.connect(Buttons(generate, stop, random, reuse, again))
 
-Fields = dict[str, gr.components.Component]
+
+# ---- areas
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class About:
         return render.examples(info.examples[:EXAMPLES]), note
 
 
-def _ask(further: Callable[[], Fields] = dict) -> tuple[Fields, gr.Button, gr.Button]:
+def _ask(further: Callable[[], Fields]) -> tuple[Fields, gr.Button, gr.Button]:
     """The prompts, what else `further` makes to ask with, and the buttons."""
     with gr.Column(elem_classes="ask"):
         fields = controls.prompts() | further()
