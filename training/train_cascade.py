@@ -145,7 +145,7 @@ DECODER_INDEX: dict[str, Any] = {
 DEFAULTS = {
     "prior_steps": 16,
     "prior_guidance_scale": 2.0,
-    "decoder_steps": 12,
+    "decoder_steps": 20,
     "decoder_guidance_scale": 0.0,
     "width": 128,
     "height": 128,
