@@ -41,6 +41,8 @@ class ImagePrompt:
         shown = _shown(value)
         if not isinstance(value, Image.Image | str | Path) or not str(value).strip():
             raise InvalidRequest(f"{name} is {shown}; it can be a picture, a file or a data URL")
+        if isinstance(value, str) and value.startswith(("http://", "https://")):
+            raise InvalidRequest(f"{name} is {value:.80}, a web address; it can be a file or a data URL")
         try:
             with _opened(value) as given:
                 if given.width * given.height > MOST_PIXELS:
@@ -52,7 +54,9 @@ class ImagePrompt:
                 f"{name} is {shown}, which is too large: it can be up to {most} million pixels"
             ) from error
         except (UnidentifiedImageError, SyntaxError, binascii.Error) as error:
-            raise InvalidRequest(f"{name} is {shown}, which is no picture that can be read") from error
+            raise InvalidRequest(
+                f"{name} is {shown}, which is no picture that can be read: PNG, JPEG and WebP can"
+            ) from error
         except (OSError, RuntimeError, ValueError) as error:  # missing, a folder, cut short
             reason = getattr(error, "strerror", None) or "it is damaged"
             raise InvalidRequest(f"{name} is {shown}, which cannot be read: {reason}") from error

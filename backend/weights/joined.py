@@ -37,8 +37,8 @@ class JoinedSource(Source):
         for full in self._keys.LITE:
             if self._offering(full) is None:
                 raise CheckpointError(
-                    f"{self.name} lacks the half of {family} with the {full}; put that beside it in one "
-                    f"folder, or set config_from to its folder or hub repository (published: {repositories})"
+                    f"{self.root or self.name} lacks the half of {family} with the {full}; put that beside "
+                    f"it, or set config_from to its folder or hub repository (published: {repositories})"
                 )
 
     def fetch(self, components: Iterable[str], dtype: str, *, weights: bool = True) -> Iterator[Loading]:

@@ -6,6 +6,7 @@ No torch at import: the plan and the page ask sources for configs and sizes.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def resolve(checkpoint: str, family: str, settings: Settings, config_from: str |
         raise InvalidRequest(f"family is {family!r}; it can be {', '.join(catalog.FAMILIES)}")
     complement = None
     if config_from:
-        found = _find(config_from, family, settings, None)
+        try:
+            found = _find(config_from, family, settings, None)
+        except CheckpointError as error:
+            raise CheckpointError(f"config_from: {error}") from error
         if found.single and found.root is None:
             raise InvalidRequest(f"config_from is {config_from!r}; it can be a folder or a hub repository")
         complement = found.joined(family)
@@ -46,7 +50,8 @@ def resolve(checkpoint: str, family: str, settings: Settings, config_from: str |
     if found.single or not _in_parts(family):
         return found.sources[0]
     others = [*([complement] if complement else []), *(_published(family, settings) if found.remote else [])]
-    whole = JoinedSource(found.name, family, [*found.sources, *others], found.root)
+    beside = _beside(found.root, family, [*found.sources, *others]) if found.root is not None else []
+    whole = JoinedSource(found.name, family, [*found.sources, *others, *beside], found.root)
     whole.check()
     return whole
 
@@ -97,7 +102,7 @@ def _find(text: str, family: str, settings: Settings, complement: Source | None)
         names = ", ".join(entry.name for entry in catalog.entries(family))
         raise CheckpointError(
             f"checkpoint is {text!r}, and there is no such file or folder; it can be {names}, "
-            "a hub repository (OWNER/NAME), a folder, or a .safetensors file"
+            f"a hub repository (OWNER/NAME), a folder, or a file ({', '.join(WEIGHTS)})"
         )
     if path.is_dir():
         return _in_folder(path.name, family, path, settings, complement)
@@ -115,7 +120,7 @@ def _in_folder(name: str, family: str, root: Path, settings: Settings, complemen
     files = sorted([*root.glob("*.safetensors"), *root.glob("*/*.safetensors")])
     if not (parts or files):
         raise CheckpointError(
-            f"{name} is no checkpoint: there is no model_index.json, in it or one folder down, "
+            f"{root} is no checkpoint: there is no model_index.json, in it or one folder down, "
             "and no .safetensors file"
         )
     if not parts:
@@ -133,6 +138,19 @@ def _in_folder(name: str, family: str, root: Path, settings: Settings, complemen
             )
         ordered |= dict.fromkeys(owners)
     return _Found(name, [*(ordered | dict.fromkeys(sources))], root)
+
+
+def _beside(root: Path, family: str, sources: list[Source]) -> list[Source]:
+    """The folder beside half a release that holds the other half, if it is the only one."""
+    halves = keys_of(family).LITE.items()
+    lacking = [name for half in halves if not any(s.has(n) for s in sources for n in half) for name in half]
+    found: list[Source] = []
+    for path in sorted(root.parent.glob("*")) if lacking else []:
+        if path != root and path.is_dir() and is_layout(path, family):
+            with suppress(CheckpointError):  # what lies there is nobody's concern unless it fits
+                source = FolderSource(path.name, family, path)
+                found += [source] if any(map(source.has, lacking)) else []
+    return found if len(found) == 1 else []
 
 
 def _in_parts(family: str) -> bool:

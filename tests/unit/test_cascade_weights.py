@@ -391,11 +391,30 @@ def test_half_a_checkpoint_takes_the_other_from_config_from(folder: Path, half: 
 
 
 @pytest.mark.parametrize(("half", "lacks"), [(PRIOR, "decoder"), (DECODER, "prior")])
-def test_half_a_checkpoint_alone_says_what_is_missing(folder: Path, half: str, lacks: str) -> None:
+def test_half_a_checkpoint_alone_says_what_is_missing(
+    folder: Path, tmp_path: Path, half: str, lacks: str
+) -> None:
+    shutil.copytree(folder / half, tmp_path / half)
     told = f"{half} lacks the half of Stable Cascade with the {lacks}; .*set config_from to its folder or hub"
     for rest in (None, folder / half):
         with pytest.raises(CheckpointError, match=told):
-            source(folder / half, rest)
+            source(tmp_path / half, rest)
+
+
+@pytest.mark.parametrize(("half", "other"), [(PRIOR, DECODER), (DECODER, PRIOR)])
+def test_half_a_checkpoint_finds_the_other_beside_it(
+    folder: Path, tmp_path: Path, half: str, other: str
+) -> None:
+    shutil.copytree(folder / half, tmp_path / half)
+    shutil.copytree(folder / other, tmp_path / "first")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "other-family").mkdir()
+    (tmp_path / "other-family/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    whole = source(tmp_path / half)
+    assert all(whole.has(name) for name in NETWORKS)
+    shutil.copytree(folder / other, tmp_path / "second")
+    with pytest.raises(CheckpointError, match="lacks the half"):  # which of the two, nobody can tell
+        source(tmp_path / half)
 
 
 def test_a_half_of_ones_own_is_not_mixed_with_the_other_sizes(broken: Path, folder: Path) -> None:

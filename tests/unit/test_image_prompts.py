@@ -168,7 +168,7 @@ def test_moving_pictures_give_their_first(tmp_path: Path) -> None:
         (["data:image/png;base64,äöü"], "cannot be read"),
         ([data_url(b"a text")], "no picture"),
         ([data_url(encoded(noise())[:200])], "cannot be read: it is damaged"),
-        (["https://example.com/picture.png"], "No such file"),
+        (["https://example.com/picture.png"], "a web address; it can be a file or a data URL"),
     ],
 )
 def test_refused(images: Any, told: str) -> None:
