@@ -95,13 +95,14 @@ class Job:
         return network_name(stage, self.stages[stage])
 
     def settings(self) -> dict[str, Any]:
-        """The request's fields with every default filled in, and the seed that was used."""
+        """The request's fields with every default filled in, the seed that was used, and as `ran` the sizes
+        of the stages: the fields keep the choice, which is no order where it was "auto"."""
         asked = {field.name: getattr(self.request, field.name) for field in fields(self.request)}
         filled = ("prior_steps", "prior_guidance_scale", "decoder_steps", "decoder_guidance_scale")
         return {
             **asked,
             **{name: getattr(self, name) for name in (*filled, "width", "height")},
-            **self.stages,
+            "ran": dict(self.stages),
             "images": [str(image) for image in self.request.images],
             "seed": self.seeds[0],
         }
@@ -491,20 +492,21 @@ def encode_work(config: Mapping[str, Any], item: int) -> int:
 
 
 def unet_work(config: UNetConfig, batch: int, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of activations of one forward: the widest level's feed-forward, the skip connections, and the
-    conditioning's keys and values."""
+    """Bytes of activations of one forward: copies of the largest level's features, the skip connections, and
+    the conditioning's keys and values. At 1024² in bf16, 230 MiB for Stage B and 160 for guided Stage C."""
     height, width = (side // config.patch_size for side in size)
     switched = config.switch_level
-    widest, skips = 0, 0
+    copies = 13 if config.effnet_in_channels is None else 20  # Stage B keeps its local conditioning besides
+    largest, skips = 0, 0
     for level, channels in enumerate(config.block_out_channels):
-        pixels = height * width * channels
-        widest, skips = max(widest, 4 * pixels), skips + pixels
+        features = height * width * channels
+        largest, skips = max(largest, features), skips + features
         if switched is None or (level < config.levels - 1 and switched[level]):
             height, width = math.ceil(height / 2), math.ceil(width / 2)
     layers = sum(config.down_num_layers_per_block) + sum(config.up_num_layers_per_block)
     tokens = config.clip_seq if config.clip_text_in_channels is None else 77 + 2 * config.clip_seq
     keys = 2 * layers * tokens * max(config.block_out_channels) * 2
-    return (batch * (3 * widest + skips) + keys) * dtype.itemsize
+    return (batch * (copies * largest + skips) + keys) * dtype.itemsize
 
 
 def stage_a_work(config: StageAConfig, size: tuple[int, int], dtype: torch.dtype) -> int:
