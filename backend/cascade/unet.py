@@ -167,7 +167,8 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
     def forward(self, slices: Sequence[Tensor]) -> Iterator[Tensor]:
-        norms = torch.stack([_squares(each) for each in slices]).sum(0).sqrt()  # (B, 1, C)
+        squares = torch.stack([_squares(each) for each in slices]).sum(0)  # (B, 1, C)
+        norms = squares.clamp(min=1e-20).sqrt()  # of a channel of zeros, the root has no gradient
         relative = norms / (norms.mean(-1, keepdim=True) + 1e-6)
         scale = (1 + self.gamma[0] * relative).to(slices[0].dtype)
         for each in slices:  # x + gamma · x · relative + beta in one pass
