@@ -109,8 +109,8 @@ def _cascade(settings: Mapping[str, Any]) -> tuple[Fields, Fields]:
     }, {
         "Decoder steps": settings["decoder_steps"],
         "Decoder CFG scale": settings["decoder_guidance_scale"],
-        "Stage C": settings["stage_c"],
-        "Stage B": settings["stage_b"],
+        "Stage C": settings["ran"]["stage_c"],
+        "Stage B": settings["ran"]["stage_b"],
         "Image prompts": len(settings["images"]) or None,
     }
 

@@ -439,7 +439,9 @@ def test_stages_as_asked_for(
 ) -> None:
     result = studio.run(request(folder, prior_steps=1, decoder_steps=1, **fields))
     assert networks(result.plan) == expected
-    assert (result.settings["stage_c"], result.settings["stage_b"]) == expected
+    assert tuple(result.settings["ran"].values()) == expected
+    asked = {"stages": "auto", "stage_c": None, "stage_b": None} | fields
+    assert {name: result.settings[name] for name in asked} == asked
     widths = {"full": 128, "lite": 64}  # of the tiny priors' conditioning
     assert {each.width for each in forwards if each.stage == "stage_c"} == {widths[expected[0]]}
     assert f"Stage C {expected[0]} and Stage B {expected[1]}" in result.plan.decisions[1]
@@ -487,7 +489,8 @@ def test_a_wish_that_the_checkpoint_cannot_fulfil_is_told(studio: Studio, plain:
     told = [said for said in result.plan.decisions if "has no lite" in said]
     assert len(told) == 2
     assert "plain has no lite Stage C: the full one runs" in told[0]
-    assert (result.settings["stage_c"], result.settings["stage_b"]) == ("full", "full")
+    assert result.settings["ran"] == {"stage_c": "full", "stage_b": "full"}
+    assert result.settings["stages"] == "lite"
 
 
 @pytest.mark.parametrize("stage", ["stage_c", "stage_b"])
@@ -699,7 +702,7 @@ def test_files_tell_of_both_stages(studio: Studio, folder: Path) -> None:
     ):  # fmt: skip
         assert part in text
     (entry,) = studio.gallery.entries()
-    assert entry.facts["stage_c"] == "lite"
+    assert entry.facts["ran"] == {"stage_c": "lite", "stage_b": "full"}
     assert entry.facts["images"][0].startswith("picture ")
 
 
