@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import gradio as gr
 
 from backend.requests import MOST_IMAGES
 from backend.sampling.catalog import SAMPLER_INFO
+from ui.render import STAGE_TITLES
 
 SHAPES = {"1:1": 1.0, "3:2": 3 / 2, "2:3": 2 / 3, "16:9": 16 / 9, "9:16": 9 / 16}
 CUSTOM = "custom"
-STAGES = (("prior_", "Stage C: composition", "composition"), ("decoder_", "Stage B: detail", "detail"))
+STAGES = (("prior_", "stage_c", "composition"), ("decoder_", "stage_b", "detail"))
+LEAST_SIDE, MOST_SIDE = 64, 2048  # of a picture, as a request takes it
 SIZES = [("automatic", "auto"), ("full", "full"), ("lite", "lite")]
 PRECISIONS = [
     ("automatic", "auto"),
@@ -43,6 +46,7 @@ class Controls:
     def filled(self, settings: dict[str, Any]) -> list[Any]:
         """Values for `inputs` that ask for the same pictures again; what settings do not tell stays."""
         same: Callable[[Any], Any] = lambda value: value  # noqa: E731
+        settings = settings | _sizes_shown(settings)
         return [
             SHOWN.get(field, same)(settings[field]) if field in settings else gr.skip()
             for field in self.by_field
@@ -51,7 +55,27 @@ class Controls:
 
 def asked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Request fields from the values of their components."""
-    return {field: ASKED[field](value) if field in ASKED else value for field, value in values.items()}
+    given = {field: ASKED[field](value) if field in ASKED else value for field, value in values.items()}
+    return given | _sizes_wished(given)
+
+
+def _sizes_wished(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen sizes of the stages as the wish `stages`, which a checkpoint without one need not fulfil.
+
+    It is one for both: of two sizes the one that any checkpoint is likelier to have becomes an order.
+    """
+    chosen = {field: given[field] for field in ("stage_c", "stage_b") if field in given}
+    if not chosen:
+        return {}
+    wish = next((size for size in ("lite", "full") if size in chosen.values()), "auto")
+    return {"stages": wish, **{field: None if size == wish else size for field, size in chosen.items()}}
+
+
+def _sizes_shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The way back."""
+    if "stages" not in settings:
+        return {}
+    return {field: settings[field] or settings["stages"] for field in ("stage_c", "stage_b")}
 
 
 def _seed(text: str | None) -> Any:
@@ -77,11 +101,31 @@ SHOWN: dict[str, Callable[[Any], Any]] = {"seed": str, "images": _still_there}  
 
 
 def fit(shape: str, native: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """The width and height of a shape with the checkpoint's native area, in its multiple, 64 at least."""
+    """The width and height of a shape in the checkpoint's multiple, near its ratio and the native area.
+
+    No two shapes have one size: each is wider than the one before it, though its area may then differ.
+    """
     ratio = SHAPES[shape]
-    side = math.sqrt(native[0] * native[1])
-    width, height = side * math.sqrt(ratio), side / math.sqrt(ratio)
-    return max(64, round(width / multiple) * multiple), max(64, round(height / multiple) * multiple)
+    long, short = _wide(max(ratio, 1 / ratio), native[0] * native[1], multiple)
+    return (long, short) if ratio >= 1 else (short, long)
+
+
+@cache
+def _wide(ratio: float, area: int, multiple: int) -> tuple[int, int]:
+    sides = range(LEAST_SIDE, MOST_SIDE + 1, multiple)
+    if ratio == 1:
+        side = min(sides, key=lambda side: abs(side - math.sqrt(area)))
+        return side, side
+
+    def off(size: tuple[int, int]) -> tuple[float, int]:
+        width, height = size
+        far = abs(math.log(width / height / ratio)) + abs(math.log(width * height / area)) / 2
+        return round(far, 9), -width  # of two as good the larger
+
+    narrower = max(each for each in SHAPES.values() if 1 <= each < ratio)
+    width, height = _wide(narrower, area, multiple)
+    wider = ((long, short) for short in sides for long in sides if long * height > short * width)
+    return min(wider, key=off)
 
 
 def prompts() -> dict[str, gr.components.Component]:
@@ -136,21 +180,28 @@ def sampling(
 def stage_sampling(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
     """Steps and guidance of Stable Cascade's two stages, apart."""
     fields: dict[str, gr.components.Component] = {}
-    for prefix, title, what in STAGES:
-        gr.HTML(f"<h3>{title}</h3>", elem_classes="part")
+    for prefix, stage, what in STAGES:
+        gr.HTML(f"<h3>{STAGE_TITLES[stage]}</h3>", elem_classes="part")
         fields |= sampling(defaults, prefix, what)
     return fields
 
 
 def stage_sizes() -> dict[str, gr.components.Component]:
     """Which size of either stage runs."""
+    info = "Full paints better, lite takes {} of the memory. Automatic goes by the memory that is free. What"
+    info += " the checkpoint lacks is replaced, and the memory plan says so."
     return {
         field: gr.Radio(
-            SIZES, value="auto", label=title, info=info, elem_classes="segmented", interactive=True
+            SIZES,
+            value="auto",
+            label=title,
+            info=info.format(share),
+            elem_classes="segmented",
+            interactive=True,
         )
-        for field, title, info in (
-            ("stage_c", "Size of Stage C", "Full paints better, lite takes a third of the memory."),
-            ("stage_b", "Size of Stage B", "Automatic goes by the memory that is free."),
+        for field, title, share in (
+            ("stage_c", "Size of Stage C", "a third"),
+            ("stage_b", "Size of Stage B", "45 %"),
         )
     }
 

@@ -38,12 +38,13 @@ class Easel:
 
     canvas: gr.HTML
     status: gr.HTML
+    files: gr.HTML
     plan: gr.HTML
     last: gr.State
 
     @property
     def outputs(self) -> list[gr.components.Component]:
-        return [self.canvas, self.status, self.plan, self.last]
+        return [self.canvas, self.status, self.files, self.plan, self.last]
 
 
 def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Request]) -> Callable[..., Any]:
@@ -94,7 +95,8 @@ def _shown(event: Event | None, request: Request, easel: Easel, outputs: Path) -
         case Finished(result=result):
             return {
                 easel.canvas: render.pictures(result, outputs),
-                easel.status: render.done(result, outputs),
+                easel.status: render.done(result),
+                easel.files: render.files(result, outputs),
                 easel.last: result.settings,
             }
         case None:
@@ -227,11 +229,14 @@ def _files(result: Result) -> list[Json]:
 
 
 def _facts(result: Result) -> Json:
+    settings = dict(result.settings)
+    if "images" in settings:  # uploads lie where only the server knows
+        settings["images"] = [Path(image).name for image in settings["images"]]
     return {
         "seeds": result.seeds,
         "plan": result.plan.to_dict(),
         "timings": result.timings,
-        "settings": result.settings,
+        "settings": settings,
         "peak_bytes": result.peak_bytes,
         "notices": result.notices,
     }

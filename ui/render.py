@@ -27,6 +27,11 @@ PHASES = {
     "stage_b": "Stage B: adding detail",
     "stage_a": "Stage A: developing",
 }
+STAGE_TITLES = {
+    "stage_c": "Stage C: composition",
+    "stage_b": "Stage B: detail",
+    "stage_a": "Stage A: pixels",
+}
 COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 BUSY, IDLE = 'data-state="busy"', 'data-state="idle"'  # of the progress line, and of the canvas
 QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
@@ -65,11 +70,11 @@ def pictures(result: Result, outputs: Path) -> str:
 def unsaved(images: Sequence[Image]) -> str:
     """Pictures that could not be written, carried by the page itself: the browser can still save them."""
     tiles = [_tile(data_url(image, "png"), "Unsaved picture", image.width / image.height) for image in images]
-    return _canvas("done", "".join(tiles), len(tiles))
+    return _canvas("done", "".join(tiles), len(tiles), "canvas unsaved")
 
 
-def _canvas(state: str, inner: str, count: int = 1) -> str:
-    return f'<div class="canvas" data-state="{state}" style="--columns:{COLUMNS[count]}">{inner}</div>'
+def _canvas(state: str, inner: str, count: int = 1, name: str = "canvas") -> str:
+    return f'<div class="{name}" data-state="{state}" style="--columns:{COLUMNS[count]}">{inner}</div>'
 
 
 def _tile(url: str, alt: str, ratio: float) -> str:
@@ -123,14 +128,11 @@ def step(event: Step) -> str:
     return _status("busy", _bar(event.step / max(event.steps, 1)) + f"<p>{escape(name)}{count}{left}</p>")
 
 
-def done(result: Result, outputs: Path) -> str:
+def done(result: Result) -> str:
     peak = f" · peak memory {size(result.peak_bytes)}" if result.peak_bytes else ""
-    links = "".join(
-        _download(file, seed, outputs) for file, seed in zip(result.files, result.seeds, strict=False)
-    )
     noun = "picture" if len(result.files) == 1 else "pictures"
     text = f"<p>{len(result.files)} {noun} in {seconds(result.timings['total'])}{peak}</p>"
-    return _status("done", f'{text}<ul class="files">{links}</ul>{notices(result.notices)}')
+    return _status("done", text + notices(result.notices))
 
 
 def failed(text: str) -> str:
@@ -143,6 +145,14 @@ def stopped() -> str:
 
 def notices(texts: Iterable[str]) -> str:
     return "".join(f'<p class="notice">{escape(text)}</p>' for text in texts)
+
+
+def files(result: Result, outputs: Path) -> str:
+    """Links to the finished pictures; apart from the progress line, as they stay as long as the pictures."""
+    links = "".join(
+        _download(file, seed, outputs) for file, seed in zip(result.files, result.seeds, strict=False)
+    )
+    return f'<ul class="files">{links}</ul>'
 
 
 def _download(file: Path, seed: int, outputs: Path) -> str:
@@ -192,7 +202,9 @@ def no_plan(text: str) -> str:
 
 def _phase(phase: Mapping[str, Any]) -> str:
     parts = "<br>".join(_component(part) for part in phase["components"])
-    name, peak = escape(phase["name"].replace("_", " ")), size(phase["peak_bytes"])
+    phase_name: str = phase["name"]
+    name = escape(STAGE_TITLES.get(phase_name, phase_name.replace("_", " ")))
+    peak = size(phase["peak_bytes"])
     return f'<tr><th scope="row">{name}</th><td>{parts}</td><td>{peak}</td></tr>'
 
 

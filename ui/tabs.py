@@ -1,4 +1,4 @@
-"""The tabs, one a family: the same areas (ask, stage, about, tune, below), wired to the same handlers."""
+"""The tabs, one a family: the same areas (ask; stage and below; about; tune), wired to the same handlers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _tab(
     info = jobs.studio.describe(family.family, "demo")
     with gr.Tab(catalog.FAMILIES[family.family].title, id=family.family), gr.Row(elem_classes="studio"):
         fields, generate, stop = _ask(further)
-        canvas, status, again = _stage()
+        easel, again = _side()
         about = _about(family, info)
         with gr.Column(elem_classes="tune"):
             shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
@@ -79,9 +79,6 @@ def _tab(
             with gr.Accordion("Advanced", open=False):
                 fields["checkpoint"] = controls.checkpoint(jobs.studio.catalogue(family.family))
                 fields |= choices(info.defaults) | controls.advanced()
-        with gr.Column(elem_classes="below"):
-            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
-    easel = Easel(canvas, status, plan, last)
     sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
     sheet.connect(Buttons(generate, stop, random, reuse, again))
 
@@ -122,12 +119,18 @@ def _ask(further: Callable[[], Fields]) -> tuple[Fields, gr.Button, gr.Button]:
     return fields, generate, stop
 
 
-def _stage() -> tuple[gr.HTML, gr.HTML, gr.Button]:
-    with gr.Column(elem_classes="stage"):
-        canvas = gr.HTML(render.idle())
-        status = gr.HTML(render.ready(), elem_classes="status-line")
-        again = gr.Button("Reuse these settings", size="sm", elem_classes="again")
-    return canvas, status, again
+def _side() -> tuple[Easel, gr.Button]:
+    """The stage, and the plan below it."""
+    with gr.Column(elem_classes="side"):
+        with gr.Column(elem_classes="stage"):
+            canvas = gr.HTML(render.idle())
+            status = gr.HTML(render.ready(), elem_classes="status-line")
+            with gr.Row(elem_classes="kept"):
+                files = gr.HTML(elem_classes="files-line")
+                again = gr.Button("Reuse these settings", size="sm", scale=0, elem_classes="again")
+        with gr.Column(elem_classes="below"):
+            plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
+    return Easel(canvas, status, files, plan, last), again
 
 
 def _about(family: type[Request], info: CheckpointInfo) -> About:
@@ -248,8 +251,9 @@ class Sheet:
             return [gr.skip()] * (3 + len(self.controls.inputs))
         _, about = self._describe(last["checkpoint"])
         native = self._native(last["checkpoint"])
-        shapes = {self._fitted(shape, native): shape for shape in controls.SHAPES} if native else {}
-        shape = shapes.get((last["width"], last["height"]), CUSTOM)
+        size = last["width"], last["height"]
+        shapes = [shape for shape in controls.SHAPES if native and self._fitted(shape, native) == size]
+        shape = shapes[0] if shapes else CUSTOM  # the first is the square
         return [*about, shape, *self.controls.filled(last)]
 
     def _fitted(self, shape: str, native: tuple[int, int]) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def test_image_prompts(client: Client, red: Path) -> None:
     uploaded, facts = paint(client, seed=3, images=[handle_file(str(red))])
     parts = {part["name"] for phase in facts["plan"]["phases"] for part in phase["components"]}
     assert "image_encoder" in parts
-    assert [Path(name).name for name in facts["settings"]["images"]] == ["red.png"]
+    assert facts["settings"]["images"] == ["red.png"]
     pixels = [Image.open(file).tobytes() for file in (plain, uploaded[0])]
     assert pixels[0] != pixels[1]
     for same in (data, str(red)):
@@ -234,8 +234,11 @@ def test_settings_are_reused_with_their_pictures(tab: Locator, red: Path) -> Non
     drop(tab, red)
     expect(tab.locator(PROMPTS)).to_have_count(1)
     tab.get_by_text("3:2", exact=True).click()
-    expect(tab.get_by_label("Width", exact=True)).to_have_value("128")
+    expect(tab.get_by_label("Width", exact=True)).to_have_value("192")
     generate(tab)
+    tab.get_by_label("Width", exact=True).fill("130")
+    expect(generate(tab, "failed")).to_contain_text("width is 130")
+    expect(tab.locator(".files a")).to_be_visible()  # as the picture is, and the way back to its settings
     tab.locator(".image-prompts").get_by_label("Clear").click()
     expect(tab.locator(PROMPTS)).to_have_count(0)
     slider(tab, "Composition steps", 9)
@@ -245,7 +248,12 @@ def test_settings_are_reused_with_their_pictures(tab: Locator, red: Path) -> Non
     expect(tab.get_by_label("number input for Composition steps")).to_have_value("3")
     expect(tab.get_by_label("number input for Detail guidance")).to_have_value("0")
     seed = tab.get_by_label("Seed", exact=True)
-    expect(status(tab, "done")).to_contain_text(f"seed {seed.input_value()}")
+    expect(seed).not_to_have_value("")
+    expect(tab.locator(".files a")).to_contain_text(f"seed {seed.input_value()}")
+    expect(tab.get_by_label("Width", exact=True)).to_have_value("192")
+    tab.get_by_role("button", name="Advanced").click()
+    for size in ("Size of Stage C", "Size of Stage B"):
+        expect(tab.locator(".segmented", has_text=size).locator(".selected")).to_have_text("automatic")
     first = tab.locator(".canvas img").get_attribute("src")
     generate(tab)
     assert tab.locator(".canvas img").get_attribute("src") != first
@@ -258,6 +266,9 @@ def test_sizes_of_stages_and_terms(tab: Locator) -> None:
     expect(tab.locator(".plan")).to_contain_text("Stage C full and Stage B full.")
     tab.locator(".segmented", has_text="Size of Stage C").get_by_text("lite", exact=True).click()
     expect(tab.locator(".plan")).to_contain_text("prior_lite")
+    tab.locator(".segmented", has_text="Size of Stage B").get_by_text("lite", exact=True).click()
+    expect(tab.locator(".plan")).to_contain_text("has no lite Stage B: the full one runs.")
+    expect(tab.locator(".plan tbody th").nth(1)).to_have_text("Stage C: composition")
     quick(tab)
     generate(tab)
     choice = tab.get_by_role("combobox", name="Checkpoint")

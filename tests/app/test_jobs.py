@@ -61,7 +61,7 @@ def jobs_of(events: Callable[[threading.Event], Iterator[Event]]) -> tuple[Jobs,
 
 def easel() -> Easel:
     with gr.Blocks():
-        return Easel(gr.HTML(), gr.HTML(), gr.HTML(), gr.State())
+        return Easel(gr.HTML(), gr.HTML(), gr.HTML(), gr.HTML(), gr.State())
 
 
 async def painted(jobs: Jobs, on: Easel) -> tuple[list[dict[Any, Any]], Exception | None]:
@@ -233,6 +233,38 @@ def test_shapes_keep_the_area(native: tuple[int, int], multiple: int) -> None:
         if multiple == 8:
             assert width / height == pytest.approx(ratio, rel=0.1)
             assert width * height == pytest.approx(native[0] * native[1], rel=0.1)
+
+
+KNOWN = [
+    (128, 64, [(128, 128), (192, 128), (128, 192), (256, 128), (128, 256)]),
+    (1024, 64, [(1024, 1024), (1280, 832), (832, 1280), (1344, 768), (768, 1344)]),
+    (512, 8, [(512, 512), (624, 416), (416, 624), (680, 384), (384, 680)]),
+    (128, 8, [(128, 128), (160, 104), (104, 160), (168, 96), (96, 168)]),
+    (64, 8, [(64, 64), (96, 64), (64, 96), (112, 64), (64, 112)]),
+    (2048, 64, [(2048, 2048), (2048, 1408), (1408, 2048), (2048, 1152), (1152, 2048)]),
+]
+
+
+@pytest.mark.parametrize(("native", "multiple", "sizes"), KNOWN)
+def test_shapes_differ(native: int, multiple: int, sizes: list[tuple[int, int]]) -> None:
+    assert [controls.fit(shape, (native, native), multiple) for shape in controls.SHAPES] == sizes
+
+
+SIZES = [
+    ("auto", "auto", {"stages": "auto", "stage_c": None, "stage_b": None}),
+    ("auto", "lite", {"stages": "lite", "stage_c": "auto", "stage_b": None}),
+    ("full", "auto", {"stages": "full", "stage_c": None, "stage_b": "auto"}),
+    ("full", "lite", {"stages": "lite", "stage_c": "full", "stage_b": None}),
+    ("lite", "lite", {"stages": "lite", "stage_c": None, "stage_b": None}),
+]
+
+
+@pytest.mark.parametrize(("stage_c", "stage_b", "asked"), SIZES)
+def test_sizes_of_stages_are_wishes(stage_c: str, stage_b: str, asked: dict[str, str | None]) -> None:
+    fields: dict[str, Any] = {name: gr.Textbox(render=False) for name in ("stage_c", "stage_b")}
+    both = controls.Controls(fields)
+    assert both.fields([stage_c, stage_b]) == asked
+    assert both.filled(asked) == [stage_c, stage_b]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
     image = page.locator(".canvas img")
     assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 128
     assert no_sideways_scroll(page)
-    link = said.get_by_role("link")
+    link = page.get_by_role("tabpanel").locator(".files").get_by_role("link")
     with page.expect_download() as download:
         link.click()
     kept = server.home / unquote(link.get_attribute("href") or "").split(f"{server.home}/")[1]
@@ -196,7 +196,8 @@ def test_a_full_queue_is_told(wide: Page) -> None:
 def test_a_seed_is_reused(wide: Page) -> None:
     slider(wide, "Steps", 2)
     wide.get_by_role("button", name="Generate").click()
-    said = status(wide, "done").inner_text()
+    status(wide, "done")
+    said = wide.get_by_role("tabpanel").locator(".files").inner_text()
     wide.get_by_role("button", name="Reuse last").click()
     seed = wide.get_by_label("Seed", exact=True)
     expect(seed).not_to_have_value("")
@@ -256,7 +257,7 @@ def test_a_folder_brings_its_settings(wide: Page, tmp_path: Path) -> None:
     expect(wide.get_by_role("combobox", name="Sampler")).to_have_value("PLMS")
     expect(wide.locator(".note")).to_contain_text("Licence unknown: see where it came from.")
     wide.get_by_text("3:2", exact=True).click()
-    expect(width).to_have_value("80")
+    expect(width).to_have_value("96")
     slider(wide, "Steps", 2)
     wide.get_by_role("button", name="Generate").click()
     status(wide, "done")
@@ -264,7 +265,7 @@ def test_a_folder_brings_its_settings(wide: Page, tmp_path: Path) -> None:
     slider(wide, "Steps", 9)
     wide.get_by_role("button", name="Reuse these settings").click()
     expect(steps).to_have_value("2")
-    expect(width).to_have_value("80")
+    expect(width).to_have_value("96")
     expect(height).to_have_value("64")
     expect(wide.locator(".segmented .selected")).to_have_text("3:2")
     expect(choice).to_have_value(folder)
