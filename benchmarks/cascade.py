@@ -22,7 +22,7 @@ import torch
 from backend.cascade.pipeline import C_COMPRESSION
 from benchmarks.side import PROMPT
 
-TOKENS, REPEATS = 77, 3
+TOKENS, REPEATS = 77, 2
 
 
 @dataclass(frozen=True, kw_only=True)
