@@ -93,8 +93,8 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 
 def pair(config: dict[str, Any]) -> tuple[Any, UNet]:
     torch.manual_seed(0)
-    reference = randomised(StableCascadeUNet(**config))
-    ours = UNet(UNetConfig.from_dict(dict(reference.config)))  # pyright: ignore[reportArgumentType]
+    reference: Any = randomised(StableCascadeUNet(**config))
+    ours = UNet(UNetConfig.from_dict(dict(reference.config)))
     ours.load_state_dict(reference.state_dict())
     return reference, ours
 
