@@ -85,10 +85,10 @@ class TimestepEmbedding(nn.Module):
 
 # In bf16 on a CPU torch's kernel reaches a quarter of the speed of its own matrix products. From LONG
 # tokens on, products of SCORES scores (8 MB) at a time take half as long: 152 ms for 308 at SD1.5's 4096
-# tokens, batch 2, on 2 cores. Scores are rounded to bf16 on the way, which doubles the error of the
-# attention alone; in the output of a trained UNet it is lost among the other roundings (0.5 to 0.7% rms
-# from fp32 either way).
-LONG, SCORES = 1024, 2**22
+# tokens, batch 2, on 2 cores, and 28 for 43 at Stage C's 576. Scores are rounded to bf16 on the way, which
+# doubles the error of the attention alone; in the output of a trained UNet it is lost among the other
+# roundings (0.5 to 0.7% rms from fp32 either way).
+LONG, SCORES = 512, 2**22
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
