@@ -130,9 +130,11 @@ def test_conditioning_of_one_prompt_serves_a_batch() -> None:
     assert relative(ours(latents, ratio, ours.condition(*inputs)), ours(latents, ratio, every)) < 1e-6
 
 
+@pytest.mark.parametrize("band", [4096, 30])  # of pixels: the whole picture, or a row or two
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @torch.no_grad()
-def test_stage_a(levels: int) -> None:
+def test_stage_a(levels: int, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.cascade.stage_a.BAND_PIXELS", band)
     torch.manual_seed(0)
     reference: Any = randomised(
         PaellaVQModel(levels=levels, embed_dim=32, bottleneck_blocks=3, num_vq_embeddings=20)
