@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant in changes.variants(options.size):
             runs.append(changes.measure(variant))
             print(shown(runs[-1]), flush=True)
-    if "cascade" in options.parts:
+    if {"cascade", "redecode"} & set(options.parts):
         runs += stable_cascade(options, device, half)
     if "demo" in options.parts:
         job = Job(side="demo", checkpoint="demo", device=device, dtype="auto", size=0, steps=0)
@@ -93,13 +93,14 @@ def stable_cascade(options: argparse.Namespace, device: str, half: str) -> list[
     machine.warm(folder)
     size = 128 if options.smoke else 1024
     made: list[Run] = []
-    for number in range(options.rounds):
+    for number in range(options.rounds if "cascade" in options.parts else 0):
         for side in ("ours", "reference")[:: 1 if number % 2 == 0 else -1]:
             job = cascade.Job(side=side, checkpoint=str(folder), device=device, dtype=half, size=size)
             made.append(run(job))
-    steps = {"prior_steps": 2, "decoder_steps": 1} if options.smoke else {}
-    job = cascade.Job(side="studio", checkpoint=str(folder), device=device, dtype=half, size=size, **steps)
-    made.append(run(job))
+    if "redecode" in options.parts:
+        few = {"prior_steps": 2, "decoder_steps": 1} if options.smoke else {}
+        job = cascade.Job(side="studio", checkpoint=str(folder), device=device, dtype=half, size=size, **few)
+        made.append(run(job))
     return [{**one, "side": f"cascade, {one['side']}"} for one in made]
 
 
@@ -113,7 +114,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
     parser.add_argument(
-        "--parts", default="picture,load,changes,cascade,demo,app", help="which of these to measure"
+        "--parts", default="picture,load,changes,cascade,redecode,demo,app", help="which of these to measure"
     )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the figures are kept")
