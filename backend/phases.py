@@ -55,12 +55,13 @@ class Phase:
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """`settings` are the request's values, defaults filled in; the last phase's result is the pictures;
-    `decisions` say in plain sentences what was chosen for this machine."""
+    `decisions` say in plain sentences what was chosen for this machine, `notices` what a user is to know."""
 
     components: Mapping[str, Component]
     phases: tuple[Phase, ...]
     settings: dict[str, Any]
     decisions: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 class PhaseCache:

@@ -154,7 +154,8 @@ class Studio:
 
         timings: dict[str, float] = {}
         results: dict[str, Any] = {}
-        notices: list[str] = []
+        notices = list(pipeline.notices)
+        yield from (Notice(text=text) for text in notices)
         baseline = anonymous_bytes() - self._manager.anonymous_bytes if here.device == "cpu" else 0
         with PeakMeter(here.device) as meter:
             yield from self._run_phases(pipeline, stop, results, timings, notices)

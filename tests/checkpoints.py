@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,18 @@ def sd15_single_file(folder: Path, path: Path, *, dtype: torch.dtype = torch.flo
     else:
         save_file(tensors, path)
     return path
+
+
+def spoil(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Rewrite a JSON or safetensors file with its content changed."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        tensors = dict(load_file(path))
+        change(tensors)
+        save_file(tensors, path)
 
 
 def config_of(folder: Path, component: str) -> dict[str, Any]:

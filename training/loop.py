@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def fit(
             began = time.perf_counter()
     model.load_state_dict(averaged)
     return model.eval()
+
+
+def run_stages(stages: Mapping[str, Callable[[], None]], about: str | None) -> None:
+    """The command line of a training: the stages that are named, or all of them in their order."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=", ".join(stages))
+    for stage in parser.parse_args().stages or stages:
+        stages[stage]()
 
 
 def processes() -> tuple[int, int]:

@@ -10,7 +10,6 @@ large tensor is given back to the kernel and faulted in anew.
 
 from __future__ import annotations
 
-import argparse
 import random
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from backend.cascade.unet import ATTENTION, RESIDUAL, TIMESTEP, UNet, UNetConfig
 from training.data import CACHE, Postcards, box_weights, postcards
 from training.hub import DEMO, write_component, write_json
 from training.image_encoder import PROCESSOR_CONFIG, features, teach_seeing, vision_config
-from training.loop import Losses, Recipe, Weights, fit, log
+from training.loop import Losses, Recipe, Weights, fit, log, run_stages
 from training.postcards import SIZE, caption, known_words
 from training.scene_encoder import SIDE, SceneEncoder, train_scene_encoder, with_noise
 from training.stage_a import polish_decoder, train_stage_a
@@ -458,9 +457,4 @@ STAGES = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stages", nargs="*", metavar="stage", help=", ".join(STAGES))
-    for stage in parser.parse_args().stages or STAGES:
-        STAGES[stage]()
+    run_stages(STAGES, __doc__)

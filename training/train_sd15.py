@@ -9,7 +9,6 @@ time: without it every large tensor is given back to the kernel and faulted in a
 
 from __future__ import annotations
 
-import argparse
 import random
 from functools import cache
 from typing import Any
@@ -23,7 +22,7 @@ from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.sd15.unet import UNet, UNetConfig
 from training.data import CACHE, Postcards, box_weights, postcards
 from training.hub import DEMO, write_component, write_json
-from training.loop import Losses, Recipe, Weights, fit, log
+from training.loop import Losses, Recipe, Weights, fit, log, run_stages
 from training.postcards import known_words
 from training.text import (
     attribute_head,
@@ -328,9 +327,4 @@ STAGES = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("stages", nargs="*", metavar="stage", help=", ".join(STAGES))
-    for stage in parser.parse_args().stages or STAGES:
-        STAGES[stage]()
+    run_stages(STAGES, __doc__)

@@ -11,8 +11,8 @@ N image prompts, D features, h w latent pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ from backend.cascade.optional import Previewer
 from backend.cascade.stage_a import StageA, StageAConfig
 from backend.cascade.unet import Conditioning, UNet, UNetConfig
 from backend.errors import CheckpointError
-from backend.events import Notice
 from backend.nn.pictures import enlarged, linear_previews, to_pictures
-from backend.phases import Component, Phase, Pipeline, Progress, Work
+from backend.phases import Component, Phase, Pipeline, Progress
 from backend.requests import StableCascadeRequest
 from backend.sampling.noise import Noise
 from backend.sampling.wuerstchen import CosineSchedule, sample_wuerstchen
@@ -199,25 +198,18 @@ def pipeline(
         if weights + work <= budget_bytes:
             break
     components, phases, job = plans[-1]
-    decisions = list(told(request, job, source, shrunk=len(plans) > 1))
-    if prior_dtype != dtype:
-        decisions.append(NOT_IN_FLOAT16)
-        notices = iter([Notice(text=NOT_IN_FLOAT16)])
-        phases = tuple(replace(phase, run=saying(notices, phase.run)) for phase in phases)
-    return Pipeline(components=components, phases=phases, settings=job.settings(), decisions=tuple(decisions))
+    decisions = told(request, job, source, shrunk=len(plans) > 1)
+    notices = (NOT_IN_FLOAT16,) if prior_dtype != dtype else ()
+    return Pipeline(
+        components=components,
+        phases=phases,
+        settings=job.settings(),
+        decisions=(*decisions, *notices),
+        notices=notices,
+    )
 
 
 NOT_IN_FLOAT16 = "Stage C overflows in float16, so it runs in bfloat16; the other stages run in float16."
-
-
-def saying(notices: Iterator[Notice], run: Work) -> Work:
-    """`run` after those of `notices` that no phase before it has said: it may have been kept, and not run."""
-
-    def work(parts: Mapping[str, Any], results: Mapping[str, Any]) -> Generator[Progress | Notice, None, Any]:
-        yield from notices
-        return (yield from run(parts, results))
-
-    return work
 
 
 def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[str, str]]:

@@ -407,17 +407,12 @@ class UNet(nn.Module):
         ):
             x = run(scale(x), blocks, mappers, None)
             skips.append(x)
-        skip = None
-        for scale, blocks, mappers in zip(
-            self.up_upscalers, self.up_blocks, self.up_repeat_mappers, strict=True
-        ):
-            kept = skips.pop()
-            if skip is None:  # the innermost level goes on from where it is
-                skip = kept
-                x = scale(run(x, blocks, mappers, None))
-            else:
-                x = _resized(x, (kept.shape[-2], kept.shape[-1]))
-                x = scale(run(x, blocks, mappers, kept))
+        up = zip(self.up_upscalers, self.up_blocks, self.up_repeat_mappers, strict=True)
+        for index, (scale, blocks, mappers) in enumerate(up):
+            skip = skips.pop()  # the innermost level goes on from its own
+            if index:
+                x = _resized(x, (skip.shape[-2], skip.shape[-1]))
+            x = scale(run(x, blocks, mappers, skip if index else None))
         return self.clf(x)
 
     def _time(self, ratio: Tensor, dtype: torch.dtype) -> list[Tensor]:

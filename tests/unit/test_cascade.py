@@ -353,7 +353,7 @@ def test_stage_c_asked_for_in_float16_runs_in_bfloat16_and_says_so(
     assert any("Stage C" in said and "bfloat16" in said for said in plan.decisions)
 
     events = list(studio.generate(wanted))
-    assert [type(event) for event in events[:2]] == [Planned, Loading]
+    assert [type(event) for event in events[:3]] == [Planned, Notice, Loading]
     assert {each.stage: each.dtype for each in forwards} == {
         "stage_c": torch.bfloat16, "stage_b": torch.float16,
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from tests.checkpoints import (
     original_stage_a,
     sd15_folder,
     sd15_single_file,
+    spoil,
 )
 
 CPU = torch.device("cpu")
@@ -99,18 +100,6 @@ def load(source: Source, component: str, dtype: torch.dtype = torch.float32) -> 
 
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def spoil(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Rewrite a JSON or safetensors file with its content changed."""
-    if path.suffix == ".json":
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-    else:
-        tensors = dict(load_file(path))
-        change(tensors)
-        save_file(tensors, path)
 
 
 # --- both layouts ------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from backend.weights.load import load_module
 from backend.weights.remote import HubSource
 from backend.weights.single import FileSource
 from backend.weights.source import resolve
-from tests.checkpoints import original_unet, original_vae, sd15_folder, sd15_single_file
+from tests.checkpoints import original_unet, original_vae, sd15_folder, sd15_single_file, spoil
 
 CPU = torch.device("cpu")
 
@@ -63,18 +62,6 @@ def load_unet(source: Any) -> UNet:
         lambda: UNet(UNetConfig.from_dict(config)), source.tensors("unet", "float32"),
         dtype=torch.float32, device=CPU, what=f"{source.name}: unet",
     )  # fmt: skip
-
-
-def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Rewrite a JSON or safetensors file with its content changed."""
-    if path.suffix == ".json":
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-    else:
-        tensors = dict(load_file(path))
-        change(tensors)
-        save_file(tensors, path)
 
 
 # --- loading -----------------------------------------------------------------------------------------------
