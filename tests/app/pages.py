@@ -16,10 +16,12 @@ WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 PATIENCE = 120_000  # milliseconds: two cores that do other work as well are slow
 expect.set_options(timeout=PATIENCE)
 
-# Remembers every preview that the canvas shows, every height that it takes, and what the progress line says.
+# Remembers every preview that the canvas shows, every height that it takes, what the progress line says, and
+# whether the page was ever wider than its window. Asking meanwhile could come too late.
 WATCH = """() => {
-  window.seen = {previews: new Set(), heights: new Set(), said: new Set()};
+  window.seen = {previews: new Set(), heights: new Set(), said: new Set(), sideways: false};
   const look = () => {
+    seen.sideways ||= document.documentElement.scrollWidth > window.innerWidth;
     const canvas = [...document.querySelectorAll('.canvas')].find((each) => each.offsetParent);
     seen.heights.add(canvas.offsetHeight);
     const preview = canvas.querySelector('img[alt=Preview]');
@@ -62,9 +64,21 @@ def slider(on: On, name: str, value: int) -> None:
 
 
 def status(on: On, state: str) -> Any:
-    found = on.locator(f".status[data-state={state}]")
+    return _found(on, f".status[data-state={state}]")
+
+
+def _found(on: On, selector: str) -> Any:
+    found = on.locator(selector)
     found.wait_for()
     return found
+
+
+def generate(on: On, state: str = "done") -> Any:
+    """Press the button and wait until what this run came to is told: a kept picture is there at once, before
+    anybody could see that the page was busy."""
+    on.locator(".status").evaluate("told => told.dataset.before = ''")
+    on.get_by_role("button", name="Generate").click()
+    return _found(on, f".status[data-state={state}]:not([data-before])")
 
 
 def wait_for_preview(on: On) -> None:

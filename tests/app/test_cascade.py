@@ -22,6 +22,7 @@ from tests.app.pages import (
     NARROW,
     WATCH,
     WIDE,
+    generate,
     no_sideways_scroll,
     open_tab,
     opened,
@@ -162,12 +163,6 @@ def tab(browser: Browser, server: Server) -> Iterator[Locator]:
 def quick(tab: Locator) -> None:
     slider(tab, "Composition steps", 3)
     slider(tab, "Detail steps", 2)
-
-
-def generate(tab: Locator, state: str = "done") -> Any:
-    tab.get_by_role("button", name="Generate").click()
-    status(tab, "busy")
-    return status(tab, state)
 
 
 def drop(tab: Locator, *files: Path) -> None:

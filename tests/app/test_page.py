@@ -16,6 +16,7 @@ from tests.app.pages import (
     NARROW,
     WATCH,
     WIDE,
+    generate,
     no_sideways_scroll,
     opened,
     prompt,
@@ -50,11 +51,11 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
     slider(page, "Steps", 60)
     prompt(page).fill("a red house on green hills at night")
     page.keyboard.press("Control+Enter")
-    expect(status(page, "busy")).to_contain_text("step")
-    assert no_sideways_scroll(page)
     said = status(page, "done")
     expect(said).to_contain_text("1 picture in")
-    seen = page.evaluate("({previews: seen.previews.size, heights: [...seen.heights]})")
+    seen = page.evaluate("({...seen, previews: seen.previews.size, heights: [...seen.heights]})")
+    assert "Painting · step" in seen["said"]
+    assert not seen["sideways"]
     assert seen["previews"] >= 2, (seen, said.inner_text())
     assert len(seen["heights"]) == 1, "the page jumped"
     image = page.locator(".canvas img")
@@ -88,8 +89,7 @@ def test_escape_stops_and_the_next_one_works(wide: Page, server: Server) -> None
     expect(wide.locator(".canvas")).to_have_attribute("data-state", "idle")
     slider(wide, "Steps", 2)
     slider(wide, "Number of pictures", 2)
-    wide.get_by_role("button", name="Generate").click()
-    expect(status(wide, "done")).to_contain_text("2 pictures in")
+    expect(generate(wide)).to_contain_text("2 pictures in")
     assert len(server.pictures) == before + 2
     wide.get_by_role("button", name="Stop").click()
     wide.wait_for_timeout(500)
@@ -109,16 +109,14 @@ def test_a_stop_that_overtakes_its_run_holds(wide: Page, server: Server) -> None
     wide.unroute_all()
     slider(wide, "Steps", 2)
     slider(wide, "Number of pictures", 1)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     assert len(server.pictures) == before + 1
 
 
 def test_pictures_enlarge_and_walk_by_keyboard(wide: Page) -> None:
     slider(wide, "Steps", 2)
     slider(wide, "Number of pictures", 3)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     tiles = wide.locator(".canvas .tile")
     tiles.first.focus()
     wide.keyboard.press("Enter")
@@ -143,8 +141,7 @@ def test_the_place_in_the_queue_is_shown(
     wide.get_by_role("button", name="Stop").click()
     expect(wide.locator(".status")).to_have_text("Stopped.")
     busy.cancel()
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     assert len(server.pictures) == before + 1
 
 
@@ -160,43 +157,35 @@ def test_a_closed_tab_frees_the_queue(browser: Browser, server: Server, client: 
 
 def test_an_error_is_told_and_the_picture_stays(wide: Page) -> None:
     slider(wide, "Steps", 2)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     shown = wide.locator(".canvas img").get_attribute("src")
     wide.get_by_label("Width", exact=True).fill("130")
-    wide.get_by_role("button", name="Generate").click()
     message = "width is 130; it can be a whole number from 64 to 2048 in multiples of 8"
-    expect(status(wide, "failed")).to_have_text(message)
+    expect(generate(wide, "failed")).to_have_text(message)
     expect(wide.get_by_test_id("toast-body")).to_contain_text(message)
     assert wide.locator(".canvas img").get_attribute("src") == shown
     wide.get_by_text("3:2", exact=True).click()
     expect(wide.get_by_label("Width", exact=True)).to_have_value("160")
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     wide.get_by_label("Width", exact=True).fill("")
-    wide.get_by_role("button", name="Generate").click()
-    expect(status(wide, "failed")).to_contain_text("width is empty")
+    expect(generate(wide, "failed")).to_contain_text("width is empty")
     wide.get_by_label("Width", exact=True).fill("128")
     wide.get_by_label("Seed", exact=True).fill("7" * 5000)
-    wide.get_by_role("button", name="Generate").click()
-    expect(status(wide, "failed")).to_contain_text("seed is '77777777777777777777…'; it can be")
+    expect(generate(wide, "failed")).to_contain_text("seed is '77777777777777777777…'; it can be")
 
 
 def test_a_full_queue_is_told(wide: Page) -> None:
     """Nothing of ours runs then."""
     wide.route("**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "busy"}))
-    wide.get_by_role("button", name="Generate").click()
-    expect(status(wide, "failed")).to_contain_text("Not begun")
+    expect(generate(wide, "failed")).to_contain_text("Not begun")
     wide.unroute_all()
     slider(wide, "Steps", 2)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
 
 
 def test_a_seed_is_reused(wide: Page) -> None:
     slider(wide, "Steps", 2)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     said = wide.get_by_role("tabpanel").locator(".files").inner_text()
     wide.get_by_role("button", name="Reuse last").click()
     seed = wide.get_by_label("Seed", exact=True)
@@ -213,8 +202,7 @@ def test_settings_are_reused(wide: Page) -> None:
     wide.get_by_text("2:3", exact=True).click()
     expect(wide.get_by_label("Height", exact=True)).to_have_value("160")
     slider(wide, "Steps", 2)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     prompt(wide).fill("something else")
     wide.get_by_text("1:1", exact=True).click()
     slider(wide, "Steps", 9)
@@ -259,8 +247,7 @@ def test_a_folder_brings_its_settings(wide: Page, tmp_path: Path) -> None:
     wide.get_by_text("3:2", exact=True).click()
     expect(width).to_have_value("96")
     slider(wide, "Steps", 2)
-    wide.get_by_role("button", name="Generate").click()
-    status(wide, "done")
+    generate(wide)
     wide.get_by_text("1:1", exact=True).click()
     slider(wide, "Steps", 9)
     wide.get_by_role("button", name="Reuse these settings").click()
