@@ -31,6 +31,9 @@ WATCH = """() => {
   look();
   new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
 }"""
+SEEN = """() => ({
+  ...seen, previews: seen.previews.size, heights: [...seen.heights], said: [...seen.said].join('; '),
+})"""
 
 
 def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:

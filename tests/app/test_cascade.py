@@ -20,6 +20,7 @@ from backend.errors import InvalidRequest
 from backend.requests import StableCascadeRequest
 from tests.app.pages import (
     NARROW,
+    SEEN,
     WATCH,
     WIDE,
     generate,
@@ -185,9 +186,7 @@ def test_a_prompt_becomes_a_picture(page: Page, red: Path) -> None:
     prompt(tab).fill("a red house on green hills at night")
     page.keyboard.press("Control+Enter")
     expect(status(tab, "done")).to_contain_text("1 picture in")
-    seen = page.evaluate(
-        "({previews: seen.previews.size, heights: [...seen.heights], said: [...seen.said].join('; ')})"
-    )
+    seen = page.evaluate(SEEN)
     assert "Stage C: composing · step" in seen["said"]
     assert "Stage B: adding detail · step" in seen["said"]
     assert seen["previews"] >= 2, seen

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.app.pages import (
     NARROW,
+    SEEN,
     WATCH,
     WIDE,
     generate,
@@ -53,7 +54,7 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
     page.keyboard.press("Control+Enter")
     said = status(page, "done")
     expect(said).to_contain_text("1 picture in")
-    seen = page.evaluate("({...seen, previews: seen.previews.size, heights: [...seen.heights]})")
+    seen = page.evaluate(SEEN)
     assert "Painting · step" in seen["said"]
     assert not seen["sideways"]
     assert seen["previews"] >= 2, (seen, said.inner_text())
