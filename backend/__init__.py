@@ -10,7 +10,7 @@ from backend.errors import (
     TriptychError,
 )
 from backend.memory.hardware import Hardware
-from backend.requests import SD15Request, StableCascadeRequest
+from backend.requests import SD3Request, SD15Request, StableCascadeRequest
 from backend.settings import Settings
 from backend.studio import Studio
 
@@ -21,6 +21,7 @@ __all__ = [
     "Hardware",
     "InvalidRequest",
     "OutOfMemory",
+    "SD3Request",
     "SD15Request",
     "Settings",
     "StableCascadeRequest",

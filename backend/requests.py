@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from backend.errors import InvalidRequest
 from backend.image_prompts import ImagePrompt
-from backend.sampling.catalog import SAMPLER_INFO
+from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO
 
 MAX_SEED = 2**32 - 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -85,6 +85,66 @@ class SD15Request(Request):
             number(self, "guidance_scale", 0.0, 30.0)
         if self.sampler is not None:
             choice(self, "sampler", tuple(SAMPLER_INFO))
+
+
+T5 = ("auto", "full", "int8", "nf4", "off")
+LEAST_TOKENS, MOST_TOKENS = 77, 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Request(Request):
+    """Stable Diffusion 3 and 3.5: `steps` 1 to 150, `guidance_scale` 0 to 30, `sampler` of
+    `FLOW_SAMPLER_INFO`, `shift` 0.1 to 20 (higher: more of the steps where the picture is composed).
+
+    `t5` is how the largest text encoder runs: whole, with 8 or 4 bits a weight, not at all, or as memory
+    allows ("auto"). It reads up to `max_sequence_length` tokens, 77 to 512.
+
+    Skip-layer guidance leads away from what the network makes without some of its blocks, in a part of the
+    steps: `skip_layer_guidance_scale` 0 (off) to 10, `skip_layer_guidance_start` and `_stop` as shares of
+    the steps, `skip_guidance_layers` by their numbers (None: those of 3.5-medium, 7 to 9 of 24).
+    """
+
+    family: ClassVar[str] = "sd3"
+    size_multiple: ClassVar[int] = 16
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    shift: float | None = None
+    t5: str = "auto"
+    max_sequence_length: int = 256
+    skip_layer_guidance_scale: float = 0.0
+    skip_layer_guidance_start: float = 0.01
+    skip_layer_guidance_stop: float = 0.2
+    skip_guidance_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None:
+            whole(self, "steps", 1, 150)
+        if self.guidance_scale is not None:
+            number(self, "guidance_scale", 0.0, 30.0)
+        if self.sampler is not None:
+            choice(self, "sampler", tuple(FLOW_SAMPLER_INFO))
+        if self.shift is not None:
+            number(self, "shift", 0.1, 20.0)
+        choice(self, "t5", T5)
+        whole(self, "max_sequence_length", LEAST_TOKENS, MOST_TOKENS)
+        number(self, "skip_layer_guidance_scale", 0.0, 10.0)
+        for name in ("skip_layer_guidance_start", "skip_layer_guidance_stop"):
+            number(self, name, 0.0, 1.0)
+        layers: Any = self.skip_guidance_layers
+        if layers is not None:
+            if not isinstance(layers, list | tuple) or not all(map(_is_layer, layers)):
+                raise InvalidRequest(
+                    f"skip_guidance_layers is {_shown(layers)}; it can be a list of whole numbers from 0"
+                )
+            object.__setattr__(self, "skip_guidance_layers", tuple(sorted({int(layer) for layer in layers})))
+
+
+def _is_layer(value: Any) -> bool:
+    whole_number = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole_number and not isinstance(value, bool) and value >= 0
 
 
 STAGES = ("auto", "full", "lite")

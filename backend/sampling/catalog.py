@@ -41,3 +41,14 @@ SAMPLER_INFO: dict[str, SamplerInfo] = {
         _info("lcm", "LCM", 4, 1, "Only for checkpoints distilled for it, at guidance 1 to 2."),
     )
 }
+
+
+# The samplers that rectified flow (Stable Diffusion 3) knows; the first is its published default.
+FLOW_SAMPLER_INFO: dict[str, SamplerInfo] = {
+    info.name: info
+    for info in (
+        _info("euler", "Euler", 28, 1, "The published default of Stable Diffusion 3."),
+        _info("heun", "Heun", 15, 2, "Second order: two forwards a step, fewer steps."),
+        _info("dpmpp_2m", "DPM++ 2M", 20, 1, "Second order from one forward a step: sharper with few steps."),
+    )
+}
