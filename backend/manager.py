@@ -1,7 +1,8 @@
 """Lends components to phases.
 
 Assumptions: one request at a time; a component on loan is never evicted; when the budget is short, the
-least recently used one that is not on loan leaves first; equal identities share one copy.
+least recently used one that is not on loan leaves first; equal identities share one copy; a passing one
+leaves when it is given back.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Manager:
             yield entry.value
         finally:
             entry.lent -= 1
+            if component.passing and not entry.lent:
+                self._loaded.pop(component.identity, None)
 
     def make_room(self, budget_bytes: int, wanted: Iterable[Component]) -> list[str]:
         """Evict until `budget_bytes` hold what stays and what is `wanted` beside it. → names evicted.
@@ -78,7 +81,7 @@ class Manager:
                 del self._loaded[identity]
                 evicted.append(entry.component.name)
         if evicted:
-            _release()
+            release()
         return evicted
 
     def clear(self) -> None:
@@ -86,11 +89,12 @@ class Manager:
         for identity, entry in list(self._loaded.items()):
             if not entry.lent:
                 del self._loaded[identity]
-        _release()
+        release()
 
 
-def _release() -> None:
-    """Hand freed memory back to the system, not only to the allocator."""
+def release() -> None:
+    """Hand freed memory back to the system, not only to the allocator; quantised weights know the module that
+    holds them, so only the collector frees them."""
     gc.collect()
     import torch
 

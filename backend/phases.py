@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A part of a checkpoint: `identity` says which file, precision and device; equals load once."""
+    """A part of a checkpoint: `identity` says which file, precision and device; equals load once.
+
+    `dtype` is what it computes in; its `precision` is that, too, but for quantised weights. A `passing` one
+    leaves memory as soon as its phase is done.
+    """
 
     name: str
     identity: Hashable
     bytes: int
     precision: str
+    dtype: str
     load: Callable[[], Any]
+    passing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

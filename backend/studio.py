@@ -20,7 +20,7 @@ from backend import catalog, infotext
 from backend.errors import Cancelled, InvalidRequest, OutOfMemory, StorageError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
 from backend.gallery import Gallery
-from backend.manager import Manager
+from backend.manager import Manager, release
 from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes
 from backend.memory.plan import Plan, budget_bytes, make_plan
 from backend.phases import Phase, PhaseCache, Pipeline, Progress
@@ -148,9 +148,9 @@ class Studio:
             pipeline = self._pipeline(request, seeds, here)
             plan = self._plan(pipeline, here)
             yield from _announced(plan)
-        self._manager.make_room(
-            plan.budget_bytes - max(phase.work_bytes for phase in plan.phases), pipeline.components.values()
-        )
+        lasting = [component for component in pipeline.components.values() if not component.passing]
+        for_a_while = plan.peak_bytes - sum(component.bytes for component in lasting)
+        self._manager.make_room(plan.budget_bytes - for_a_while, lasting)
 
         timings: dict[str, float] = {}
         results: dict[str, Any] = {}
@@ -192,6 +192,8 @@ class Studio:
                 yield from self._run_phase(phase, pipeline, stop, results, notices)
             )  # fmt: skip
             self._cache.put(phase.key, results[phase.name])
+            if kept is None and any(pipeline.components[name].passing for name in phase.components):
+                release()
             timings[phase.name] = time.perf_counter() - begin
 
     def _run_phase(
@@ -252,10 +254,9 @@ class Studio:
     def _fetch(self, request: Request, pipeline: Pipeline) -> Iterator[Loading]:
         """Download what the pipeline lacks here; nothing for a local checkpoint."""
         source = self._source(request.checkpoint, request.family, request.config_from)
-        precisions = dict.fromkeys(component.precision for component in pipeline.components.values())
-        for precision in precisions:
-            names = [name for name, part in pipeline.components.items() if part.precision == precision]
-            yield from source.fetch(names, precision)
+        for dtype in dict.fromkeys(component.dtype for component in pipeline.components.values()):
+            names = [name for name, part in pipeline.components.items() if part.dtype == dtype]
+            yield from source.fetch(names, dtype)
 
     def _pipeline(self, request: Request, seeds: tuple[int, ...], here: Hardware) -> Pipeline:
         import torch
@@ -286,6 +287,7 @@ class Studio:
             hardware=here,
             cap_gib=self.settings.vram,
             decisions=pipeline.decisions,
+            passing=[name for name, part in pipeline.components.items() if part.passing],
         )
 
     def _save(

@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from backend.errors import CheckpointError
+from backend.weights import original
 from backend.weights.files import Shapes
-from backend.weights.keymap import Origin, inside
+from backend.weights.keymap import Origin, inside, numbers, shares
 
 COMPONENTS = (
     "prior", "prior_lite", "decoder", "decoder_lite", "vqgan", "text_encoder", "image_encoder",
     "effnet_encoder", "previewer",
 )  # fmt: skip
+REQUIRED: tuple[str, ...] = ()  # each stage comes in two sizes, and an original file holds one network
 LITE = {"prior": "prior_lite", "decoder": "decoder_lite"}  # component → the smaller one that does its work
 LATENT_STAGES = ("stage_c", "stage_b")  # whose latents have preview colours of their own
 
@@ -176,12 +178,7 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
         if name.endswith(".position_ids") or name.startswith(("vquantizer.ema_", "logit_scale")):
             continue
         if stacked := STACKED.fullmatch(name):
-            if shape[0] % 3:
-                raise CheckpointError(f"{name} has {shape[0]} rows, which are not three of a kind")
-            share = (shape[0] // 3, *shape[1:])
-            for index, letter in enumerate("qkv"):
-                ours = f"{stacked['block']}to_{letter}.{stacked['kind']}"
-                out[ours] = Origin(name, share, chunk=(index, 3))
+            out |= shares(name, shape, [f"{stacked['block']}to_{x}.{stacked['kind']}" for x in "qkv"])
         else:
             out[_ours(component, name)] = Origin(name, shape)
     return {component: out}
@@ -194,7 +191,7 @@ def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -
     values. Raises CheckpointError where a tensor that tells something is missing.
     """
     infer = {
-        "vqgan": _vqgan_config, "text_encoder": _text_config, "image_encoder": _image_config,
+        "vqgan": _vqgan_config, "text_encoder": original.projected_text_config, "image_encoder": _image_config,
         "previewer": _previewer_config, "effnet_encoder": _effnet_config,
     }  # fmt: skip
     known = {**PUBLISHED[component], **(settings or {})}
@@ -241,7 +238,7 @@ def _ours(component: str, name: str) -> str:
 
 
 def _unet_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
-    levels = len(_numbers(r"down_blocks\.(\d+)\.", shapes))
+    levels = len(numbers(r"down_blocks\.(\d+)\.", shapes))
     kinds = {
         half: [_block_kinds(f"{half}_blocks.{level}.", shapes) for level in range(levels)]
         for half in ("down", "up")
@@ -282,7 +279,7 @@ def _unet_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
             len(kinds[half][index]) // len(types[level]) for index, level in enumerate(order_of_levels)
         ]
         told[f"{half}_blocks_repeat_mappers"] = [
-            1 + len(_numbers(rf"{half}_repeat_mappers\.{index}\.(\d+)\.", shapes)) for index in range(levels)
+            1 + len(numbers(rf"{half}_repeat_mappers\.{index}\.(\d+)\.", shapes)) for index in range(levels)
         ]
     if not any(name.startswith("down_downscalers.1.1.blocks.") for name in shapes) and levels > 1:
         told["switch_level"] = None
@@ -320,26 +317,16 @@ def _period(kinds: list[str]) -> list[str]:
 
 def _vqgan_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
     pixels = known["up_down_scale_factor"] ** 2
-    levels = len(_numbers(r"down_blocks\.(\d+)\.gammas", shapes))
+    levels = len(numbers(r"down_blocks\.(\d+)\.gammas", shapes))
     width, latent = shapes["up_blocks.0.0.weight"][:2]
     return {
         "in_channels": shapes["in_block.1.weight"][1] // pixels,
         "out_channels": shapes["out_block.0.weight"][0] // pixels,
         "levels": levels,
-        "bottleneck_blocks": len(_numbers(r"up_blocks\.(\d+)\.gammas", shapes)) - (levels - 1),
+        "bottleneck_blocks": len(numbers(r"up_blocks\.(\d+)\.gammas", shapes)) - (levels - 1),
         "embed_dim": width,
         "latent_channels": latent,
         "num_vq_embeddings": shapes["vquantizer.embedding.weight"][0],
-    }
-
-
-def _text_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
-    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
-    return {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
-        "projection_dim": shapes["text_projection.weight"][0],
-        **_transformer_config("text_model.", width, shapes, known),
     }
 
 
@@ -351,24 +338,13 @@ def _image_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": patch,
         "image_size": patch * math.isqrt(positions - 1),  # one position is the class token's
         "projection_dim": shapes["visual_projection.weight"][0],
-        **_transformer_config("vision_model.", width, shapes, known),
+        **original.clip_layers("vision_model.", width, shapes, known),
     }
-
-
-def _transformer_config(prefix: str, width: int, shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": len(_numbers(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", shapes)),
-    }
-    if known.get("hidden_size") != width:  # every published CLIP model has heads of 64 channels
-        told["num_attention_heads"] = max(width // 64, 1)
-    return told
 
 
 def _previewer_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
     hidden, channels = shapes["blocks.0.weight"][:2]
-    last = max((int(n) for n in _numbers(r"blocks\.(\d+)\.weight", shapes)), default=0)
+    last = max((int(n) for n in numbers(r"blocks\.(\d+)\.weight", shapes)), default=0)
     return {
         "in_channels": channels,
         "hidden_channels": hidden,
@@ -378,8 +354,3 @@ def _previewer_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any
 
 def _effnet_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
     return {"latent_channels": shapes["mapper.0.weight"][0]}
-
-
-def _numbers(pattern: str, shapes: Shapes) -> set[str]:
-    """The different numbers that `pattern` captures at the start of the names."""
-    return {match[1] for name in shapes if (match := re.match(pattern, name))}

@@ -1,12 +1,13 @@
 """Where every component lives and what each phase takes, decided before anything loads.
 
-A pure function of (components, phases, hardware, cap). This version knows one placement, `resident`:
-everything stays on the device; peak = all components + the largest work of a phase.
+A pure function of (components, phases, hardware, cap). This version knows two placements: `resident`, which
+stays on the device, and `swapped`, which is there for its phase only. Peak of a phase = all that is resident +
+what it uses that is swapped + its work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,31 +86,36 @@ def make_plan(
     hardware: Hardware,
     cap_gib: float | None = None,
     decisions: Sequence[str] = (),
+    passing: Collection[str] = (),
 ) -> Plan:
     """Plan components (name → bytes as run, precision) and phases (name, the components it uses, bytes of
-    work)."""
+    work). Those that are `passing` leave the device after their phase."""
     budget = budget_bytes(hardware, cap_gib)
-    weights = sum(size for size, _ in components.values())
-    planned = tuple(
-        PlannedPhase(
-            name=name,
-            work_bytes=work,
-            peak_bytes=weights + work,
-            components=tuple(
-                PlannedComponent(
-                    name=part, placement="resident", precision=components[part][1], bytes=components[part][0]
-                )
-                for part in used
-            ),
+    resident = sum(size for name, (size, _) in components.items() if name not in passing)
+
+    def phase(name: str, used: Sequence[str], work: int) -> PlannedPhase:
+        parts = tuple(
+            PlannedComponent(
+                name=part,
+                placement="swapped" if part in passing else "resident",
+                precision=components[part][1],
+                bytes=components[part][0],
+            )
+            for part in used
         )
-        for name, used, work in phases
-    )
+        swapped = sum(part.bytes for part in parts if part.placement == "swapped")
+        peak = resident + swapped + work
+        return PlannedPhase(name=name, work_bytes=work, peak_bytes=peak, components=parts)
+
+    planned = tuple(phase(*each) for each in phases)
     peak = max(phase.peak_bytes for phase in planned)
     largest = max(planned, key=lambda phase: phase.peak_bytes)
+    weights = largest.peak_bytes - largest.work_bytes
     where = hardware.name if hardware.device != "cpu" else "the CPU"
     advice = _advice(weights > budget, {precision for _, precision in components.values()})
     if peak <= budget:
-        verdict = f"Everything stays in memory on {where}: {gib(peak)} of the {gib(budget)} at hand."
+        stays = f"All but {' and '.join(passing)} stays" if passing else "Everything stays"
+        verdict = f"{stays} in memory on {where}: {gib(peak)} of the {gib(budget)} at hand."
     else:
         verdict = (
             f"Does not fit {where}: {largest.name} needs {gib(peak)}, {gib(weights)} of it weights, "

@@ -6,15 +6,16 @@ latent-diffusion networks (arXiv:2112.10752).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from backend.errors import CheckpointError
+from backend.weights import original
 from backend.weights.files import Shapes
-from backend.weights.keymap import Origin, Table, inside, place
+from backend.weights.keymap import Origin, Table, inside, numbers, place
 
 COMPONENTS = ("unet", "vae", "text_encoder")
+REQUIRED = COMPONENTS  # what no picture can be made without
 
 # The class in model_index.json (None for any other) → component → its folder.
 FOLDERS = {None: {name: name for name in (*COMPONENTS, "tokenizer", "scheduler")}}
@@ -95,24 +96,6 @@ UNET_RESNET = {
     ".out_layers.3.": ".conv2.",
     ".skip_connection.": ".conv_shortcut.",
 }
-VAE = {
-    ".mid.block_1.": ".mid_block.resnets.0.",
-    ".mid.attn_1.": ".mid_block.attentions.0.",
-    ".mid.block_2.": ".mid_block.resnets.1.",
-    ".block.": ".resnets.",
-    ".downsample.": ".downsamplers.0.",
-    ".upsample.": ".upsamplers.0.",
-    ".nin_shortcut.": ".conv_shortcut.",
-    ".norm_out.": ".conv_norm_out.",
-    ".attentions.0.norm.": ".attentions.0.group_norm.",
-    ".attentions.0.q.": ".attentions.0.to_q.",
-    ".attentions.0.k.": ".attentions.0.to_k.",
-    ".attentions.0.v.": ".attentions.0.to_v.",
-    ".attentions.0.proj_out.": ".attentions.0.to_out.0.",
-}
-
-# Linear layers of the hub layout that the original VAE holds as 1×1 convolutions.
-POINTWISE = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
 
 
 def check(component: str, config: Mapping[str, Any]) -> None:
@@ -147,12 +130,9 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
 
     Raises CheckpointError for tensors that belong to none of the components.
     """
-    tables = {
-        "unet": (_unet_table(shapes), UNET_RESNET),
-        "vae": (_vae_table(shapes), VAE),
-        "text_encoder": (SAME, {}),
-    }
+    tables = {"unet": (_unet_table(shapes), UNET_RESNET), "text_encoder": (SAME, {})}
     out: dict[str, dict[str, Origin]] = {}
+    vae: Shapes = {}
     unknown: list[str] = []
     for name, shape in shapes.items():
         try:
@@ -163,10 +143,13 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
         if placed is None:
             continue
         component, _, rest = placed.partition(".")
+        if component == "vae":
+            vae[name] = shape
+            continue
         table, within = tables[component]
-        ours = inside(place(rest, table) or "", within)
-        pointwise = POINTWISE.search(ours) and shape[2:] == (1, 1)
-        out.setdefault(component, {})[ours] = Origin(name, shape[:2] if pointwise else shape)
+        out.setdefault(component, {})[inside(place(rest, table) or "", within)] = Origin(name, shape)
+    if vae:
+        out["vae"] = original.vae_parts(vae)
     if unknown:
         raise CheckpointError(
             f"of {len(shapes)} tensors, {len(unknown)} belong to no part of a Stable Diffusion 1.x "
@@ -181,9 +164,11 @@ def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -
     What shapes cannot tell comes from `settings`, a config of the same kind, or else from the published
     values. Raises CheckpointError where a tensor that tells something is missing.
     """
-    infer = {"unet": _unet_config, "vae": _vae_config, "text_encoder": _text_config}
     try:
-        told, guessed = infer[component](shapes)
+        if component == "vae":
+            told, guessed = original.vae_config(shapes), {}
+        else:
+            told, guessed = _unet_config(shapes) if component == "unet" else _text_config(shapes)
     except (LookupError, ValueError) as error:
         raise CheckpointError(
             f"{component}: the tensor {error} is missing, so its config cannot be told"
@@ -193,8 +178,8 @@ def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -
 
 def _unet_table(shapes: Shapes) -> Table:
     """The original counts the blocks of each half in the order in which they run."""
-    blocks = [int(n) for n in _numbers(r"model\.diffusion_model\.input_blocks\.(\d+)\.", shapes)]
-    strided = _numbers(r"model\.diffusion_model\.input_blocks\.(\d+)\.0\.op\.weight", shapes)
+    blocks = [int(n) for n in numbers(r"model\.diffusion_model\.input_blocks\.(\d+)\.", shapes)]
+    strided = numbers(r"model\.diffusion_model\.input_blocks\.(\d+)\.0\.op\.weight", shapes)
     levels = len(strided) + 1
     layers = (max(blocks, default=0) + 1 - levels) // levels
     table = dict(UNET)
@@ -213,18 +198,8 @@ def _unet_table(shapes: Shapes) -> Table:
     return table
 
 
-def _vae_table(shapes: Shapes) -> Table:
-    """The original numbers the decoder's blocks from the outermost, so the last runs first."""
-    levels = len(_numbers(r"first_stage_model\.decoder\.up\.(\d+)\.", shapes))
-    table = dict(SAME)
-    for level in range(levels):
-        table[f"encoder.down.{level}."] = f"encoder.down_blocks.{level}."
-        table[f"decoder.up.{level}."] = f"decoder.up_blocks.{levels - 1 - level}."
-    return table
-
-
 def _unet_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
-    levels = len(_numbers(r"down_blocks\.(\d+)\.", shapes))
+    levels = len(numbers(r"down_blocks\.(\d+)\.", shapes))
     widths = [shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)]
     attentive = [
         f"{half}_blocks.{level}.attentions.0.norm.weight" in shapes
@@ -236,7 +211,7 @@ def _unet_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
         "in_channels": shapes["conv_in.weight"][1],
         "out_channels": shapes["conv_out.weight"][0],
         "block_out_channels": widths,
-        "layers_per_block": len(_numbers(r"down_blocks\.0\.resnets\.(\d+)\.", shapes)),
+        "layers_per_block": len(numbers(r"down_blocks\.0\.resnets\.(\d+)\.", shapes)),
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attentive[:levels]],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attentive[levels:]],
         "cross_attention_dim": shapes["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"][1],
@@ -246,24 +221,6 @@ def _unet_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
     return told, {"attention_head_dim": [width // 64 for width in widths]} if linear else {}
 
 
-def _vae_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
-    levels = len(_numbers(r"encoder\.down_blocks\.(\d+)\.", shapes))
-    told = {
-        "in_channels": shapes["encoder.conv_in.weight"][1],
-        "out_channels": shapes["decoder.conv_out.weight"][0],
-        "latent_channels": shapes["decoder.conv_in.weight"][1],
-        "block_out_channels": [
-            shapes[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"][0] for n in range(levels)
-        ],
-        "layers_per_block": len(_numbers(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", shapes)),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_quant_conv": "quant_conv.weight" in shapes,
-        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-    }
-    return told, {}
-
-
 def _text_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
     shapes = {name.removeprefix("text_model."): shape for name, shape in shapes.items()}
     vocabulary, width = shapes["embeddings.token_embedding.weight"]
@@ -271,13 +228,8 @@ def _text_config(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": len(_numbers(r"encoder\.layers\.(\d+)\.", shapes)),
+        "num_hidden_layers": len(numbers(r"encoder\.layers\.(\d+)\.", shapes)),
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
     }
     # every published CLIP text model has heads of 64 channels
     return told, {"num_attention_heads": max(width // 64, 1)}
-
-
-def _numbers(pattern: str, shapes: Shapes) -> set[str]:
-    """The different numbers that `pattern` captures at the start of the names."""
-    return {match[1] for name in shapes if (match := re.match(pattern, name))}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from backend.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,16 +19,19 @@ Table = Mapping[str, str | None]  # the start of a name → what stands in its p
 class Origin:
     """Where one of our tensors lies: its name in the file, and its shape here, less axes of length 1.
 
-    `chunk` is (which, of how many): it is that share of the file's tensor along the first axis.
+    `chunk` is (which, of how many): it is that share of the file's tensor along the first axis. `swapped`:
+    the halves of the first axis lie in the other order there. Without a name it is in no file, and stands for
+    the identity matrix.
     """
 
-    name: str
+    name: str | None
     shape: tuple[int, ...]
     chunk: tuple[int, int] | None = None
+    swapped: bool = False
 
 
 class Renamed(Mapping[str, "Tensor"]):
-    """The tensors of `origins` out of `tensors`, each fetched when it is asked for, as a view."""
+    """The tensors of `origins` out of `tensors`, each fetched when it is asked for, as a view if it can be."""
 
     def __init__(self, tensors: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> None:
         self._tensors = tensors
@@ -33,7 +39,11 @@ class Renamed(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         origin = self._origins[name]
+        if origin.name is None:
+            return _identity(origin.shape)
         tensor = self._tensors[origin.name]
+        if origin.swapped:
+            tensor = tensor.roll(len(tensor) // 2, 0)
         if origin.chunk is not None:
             index, count = origin.chunk
             tensor = tensor.chunk(count)[index]
@@ -66,3 +76,26 @@ def inside(name: str, table: Mapping[str, str]) -> str:
     for part, replacement in table.items():
         name = name.replace(part, replacement)
     return name
+
+
+def shares(name: str, shape: tuple[int, ...], ours: Sequence[str]) -> dict[str, Origin]:
+    """Several tensors of ours that lie on top of each other in the file's tensor `name`.
+
+    Raises CheckpointError where its rows cannot be as many of a kind.
+    """
+    count = len(ours)
+    if shape[0] % count:
+        raise CheckpointError(f"{name} has {shape[0]} rows, which are not {count} of a kind")
+    share = (shape[0] // count, *shape[1:])
+    return {each: Origin(name, share, chunk=(index, count)) for index, each in enumerate(ours)}
+
+
+def numbers(pattern: str, names: Iterable[str]) -> set[str]:
+    """The different numbers that `pattern` captures at the start of the names."""
+    return {match[1] for name in names if (match := re.match(pattern, name))}
+
+
+def _identity(shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    return torch.eye(*shape)

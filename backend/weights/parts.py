@@ -31,6 +31,7 @@ class Parts:
             identity=(name, self.fingerprint(name, dtype), precision, str(self.device)),
             bytes=self.source.parameter_bytes(name, precision),
             precision=precision,
+            dtype=precision,
             load=load,
         )
 

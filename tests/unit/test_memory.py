@@ -92,7 +92,7 @@ def component(name: str, size: int, loads: list[str]) -> Component:
         loads.append(name)
         return object()
 
-    return Component(name=name, identity=name, bytes=size, precision="float32", load=load)
+    return Component(name=name, identity=name, bytes=size, precision="float32", dtype="float32", load=load)
 
 
 def test_manager_loads_once_and_evicts_the_least_recent_never_the_lent() -> None:
@@ -121,7 +121,7 @@ def test_manager_lends_nothing_that_failed_to_load() -> None:
     def fail() -> Any:
         raise OSError("gone")
 
-    broken = Component(name="unet", identity="unet", bytes=1, precision="float32", load=fail)
+    broken = Component(name="unet", identity="unet", bytes=1, precision="float32", dtype="float32", load=fail)
     with pytest.raises(OSError, match="gone"), manager.use(broken):
         pass
     assert not manager.holds(broken)

@@ -356,7 +356,7 @@ def test_a_download_is_planned_again_by_what_came(
 
 
 def test_the_plan_can_be_asked_for_while_components_come_and_go(studio: Studio, folder: Path) -> None:
-    part = Component(name="unet", identity=0, bytes=1, precision="float32", load=object)
+    part = Component(name="unet", identity=0, bytes=1, precision="float32", dtype="float32", load=object)
     done = threading.Event()
 
     def churn() -> None:
