@@ -160,5 +160,13 @@ def save(
     part.replace(checkpoint)
 
 
+def averaged_weights(checkpoint: Path, prefix: str = "") -> Weights | None:
+    """The averaged weights in a checkpoint, those under `prefix`; None where training has not begun."""
+    if not checkpoint.exists():
+        return None
+    weights: Weights = torch.load(checkpoint, weights_only=True)["averaged"]
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
 def log(line: str) -> None:
     print(time.strftime("%H:%M:%S"), line, flush=True)

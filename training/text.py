@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from training.loop import Losses, Recipe, fit
 from training.postcards import ATTRIBUTES, WORDS_LEFT_OUT, Scene, caption, random_scene, vocabulary
@@ -53,7 +60,7 @@ def merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def write_tokenizer(folder: Path, words: list[str]) -> None:
+def write_tokenizer(folder: Path, words: list[str], *, pad: str = END) -> None:
     """A CLIP tokenizer for any text, in which each of `words` (lower case) is one token."""
     letters, merges = byte_letters(), learn_merges(words)
     tokens = [*letters, *(letter + WORD_END for letter in letters), *(a + b for a, b in merges), START, END]
@@ -64,7 +71,7 @@ def write_tokenizer(folder: Path, words: list[str]) -> None:
         "bos_token": START,
         "eos_token": END,
         "unk_token": END,
-        "pad_token": END,
+        "pad_token": pad,
         "do_lower_case": True,
         "errors": "replace",
         "add_prefix_space": False,
@@ -81,14 +88,19 @@ def write_tokenizer(folder: Path, words: list[str]) -> None:
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
-def caption_tokenizer(folder: Path) -> CLIPTokenizer:
+def caption_tokenizer(folder: Path, *, pad: str = END) -> CLIPTokenizer:
     """The tokenizer of the caption words, written to `folder` and read back as any user of it reads it."""
-    write_tokenizer(folder, vocabulary())
+    write_tokenizer(folder, vocabulary(), pad=pad)
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def text_config(
-    tokenizer: CLIPTokenizer, *, width: int = 128, layers: int = 2, heads: int = 4
+    tokenizer: CLIPTokenizer,
+    *,
+    width: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    activation: str = "quick_gelu",
 ) -> CLIPTextConfig:
     ids = tokenizer.get_vocab()
     return CLIPTextConfig(
@@ -99,15 +111,15 @@ def text_config(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=TOKENS,
-        hidden_act="quick_gelu",
+        hidden_act=activation,
         bos_token_id=ids[START],
         eos_token_id=ids[END],
-        pad_token_id=ids[END],
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """(B, 32) token ids, padded with the end token."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
+    """(B, 32) token ids, padded with the tokenizer's pad token."""
     padded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     return padded["input_ids"]
 
@@ -198,21 +210,40 @@ def teach_reading(
     """
     reader = ProjectedReader(text_model)
 
+    def read(texts: list[str]) -> dict[str, Tensor]:
+        pooled, tokens = reader(token_ids(tokenizer, texts))
+        return {"pooled": pooled, "tokens": tokens}
+
+    fit(reader, reading_losses(read), recipe, checkpoint)
+    return text_model.eval()
+
+
+def as_said(text: str, _: random.Random) -> str:
+    return text
+
+
+def reading_losses(
+    read: Callable[[list[str]], Mapping[str, Tensor]],
+    rewrite: Callable[[str, random.Random], str] = as_said,
+) -> Callable[[int, torch.Generator], Losses]:
+    """What `fit` minimises where `read` makes attribute scores, and that of clouds, of captions: (B, 30) for
+    each of some named features. `rewrite` has the last word on every caption."""
+
     def losses_at(_: int, generator: torch.Generator) -> Losses:
         rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
         scenes = [random_scene(rng) for _ in range(64)]
         texts = [
-            caption(scene, rng, left_out=WORDS_LEFT_OUT * (index % 2)) for index, scene in enumerate(scenes)
+            rewrite(caption(scene, rng, left_out=WORDS_LEFT_OUT * (index % 2)), rng)
+            for index, scene in enumerate(scenes)
         ]
         labels = torch.tensor([scene.labels() for scene in scenes])
         clouds = torch.tensor([float(scene.clouds) for scene in scenes])
-        losses, right = [], []
-        for scores in reader(token_ids(tokenizer, texts)):
+        losses, right = [], {}
+        for name, scores in read(texts).items():
             losses.append(attribute_loss(scores[:, :-1], labels))
             losses.append(functional.binary_cross_entropy_with_logits(scores[:, -1], clouds))
             best = torch.stack([part.argmax(1) for part in scores[:, :-1].split(COUNTS, 1)], 1)
-            right.append((best == labels)[::2].float().mean())
-        return {"loss": torch.stack(losses).sum(), "pooled": right[0], "tokens": right[1]}
+            right[name] = (best == labels)[::2].float().mean()
+        return {"loss": torch.stack(losses).sum(), **right}
 
-    fit(reader, losses_at, recipe, checkpoint)
-    return text_model.eval()
+    return losses_at

@@ -23,10 +23,10 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from backend.cascade.stage_a import StageA, StageAConfig
 from backend.cascade.unet import ATTENTION, RESIDUAL, TIMESTEP, UNet, UNetConfig
 from training.data import CACHE, Postcards, box_weights, postcards
-from training.hub import DEMO, write_component, write_json
+from training.hub import DEMO, colour_fit, rounded, write_component, write_json, write_settings
 from training.image_encoder import PROCESSOR_CONFIG, features, teach_seeing, vision_config
-from training.loop import Losses, Recipe, Weights, fit, log, run_stages
-from training.postcards import SIZE, caption, known_words
+from training.loop import Losses, Recipe, Weights, averaged_weights, fit, log, run_stages
+from training.postcards import SIZE, caption
 from training.scene_encoder import SIDE, SceneEncoder, train_scene_encoder, with_noise
 from training.stage_a import polish_decoder, train_stage_a
 from training.text import (
@@ -149,15 +149,6 @@ DEFAULTS = {
     "width": 128,
     "height": 128,
 }
-EXAMPLES = [
-    "a red lighthouse on green hills at sunset",
-    "a blue house in snowy mountains at night, full moon",
-    "a white sailboat on a calm sea at noon, sun, a few clouds",
-    "a purple hot-air balloon on the left, in front of sand dunes at dawn",
-    "a yellow castle by the sea in the centre, at night, starry sky",
-    "an orange tent in snowy mountains on the right, at sunset",
-    "a green windmill on green hills at noon, clear sky",
-]
 
 STAGE_A_RECIPE = Recipe(steps=4000, learning_rate=3e-3, average=0.995, seed=SEED)
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
@@ -221,11 +212,7 @@ def train_image() -> None:
 
 def averaged(stage: str, prefix: str = "") -> Weights | None:
     """The averaged weights of a stage, those under `prefix`; None where it has not begun."""
-    file = CACHE / f"cascade-{stage}.pt"
-    if not file.exists():
-        return None
-    weights: Weights = torch.load(file, weights_only=True)["averaged"]
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return averaged_weights(CACHE / f"cascade-{stage}.pt", prefix)
 
 
 @torch.no_grad()
@@ -261,13 +248,6 @@ def make_latents() -> None:
     torch.save(kept, CACHE / "cascade-latents.pt")
     log(f"latents: scale factor {spread:.4f}, channel means {b.float().mean((0, 2, 3)).tolist()}")
     log(f"channels' spreads {b.float().std((0, 2, 3)).tolist()}, {c.float().std((0, 2, 3)).tolist()}")
-
-
-def colour_fit(latents: Tensor, colours: Tensor) -> Tensor:
-    """Least squares from latents (N, C, h, w) to colours (N, 3, h, w): (C + 1, 3), the bias last."""
-    columns = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    with_bias = torch.cat([columns, torch.ones(len(columns), 1)], 1)
-    return torch.linalg.lstsq(with_bias, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution
 
 
 @torch.no_grad()
@@ -411,10 +391,7 @@ def export() -> None:
         write_json(folder / "model_index.json", index)
         write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     latent_rgb = {"stage_c": rounded(fitted["rgb_c"]), "stage_b": rounded(fitted["rgb_b"])}
-    settings = {"defaults": DEFAULTS, "latent_rgb": latent_rgb}
-    write_json(FOLDER / "triptych.json", settings | {"vocabulary": known_words(), "examples": EXAMPLES})
-    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
-    log(f"exported to {FOLDER.relative_to(DEMO.parents[1])}: {size / 1e6:.2f} MB")
+    write_settings(FOLDER, DEFAULTS, latent_rgb)
 
 
 def write_unet(folder: Path, stage: str, config: dict[str, Any]) -> None:
@@ -434,12 +411,6 @@ def write_encoders() -> None:
     ):
         write_component(PRIOR / name, settings | {"architectures": [kind]}, weights, "model.safetensors")
     write_json(PRIOR / "feature_extractor" / "preprocessor_config.json", PROCESSOR_CONFIG)
-
-
-def rounded(fit_to_rgb: Tensor) -> dict[str, Any]:
-    """What `colour_fit` found, as `triptych.json` has it."""
-    rows = [[round(value, 4) for value in row] for row in fit_to_rgb.tolist()]
-    return {"factors": rows[:-1], "bias": rows[-1]}
 
 
 STAGES = {

@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.sd15.unet import UNet, UNetConfig
 from training.data import CACHE, Postcards, box_weights, postcards
-from training.hub import DEMO, write_component, write_json
+from training.hub import DEMO, colour_fit, rounded, write_component, write_json, write_settings
 from training.loop import Losses, Recipe, Weights, fit, log, run_stages
-from training.postcards import known_words
 from training.text import (
     attribute_head,
     attribute_loss,
@@ -33,7 +31,7 @@ from training.text import (
     warm_up,
     words_for,
 )
-from training.vae import train_autoencoder, train_decoder
+from training.vae import encoded, train_autoencoder, train_decoder
 
 SEED = 15
 PICTURES = 16_000
@@ -99,15 +97,6 @@ MODEL_INDEX: dict[str, Any] = {
     "vae": ["diffusers", "AutoencoderKL"],
 }
 DEFAULTS = {"steps": 20, "guidance_scale": 5.0, "sampler": "ddim", "width": 128, "height": 128}
-EXAMPLES = [
-    "a red lighthouse on green hills at sunset",
-    "a blue house in snowy mountains at night, full moon",
-    "a white sailboat on a calm sea at noon, sun, a few clouds",
-    "a purple hot-air balloon on the left, in front of sand dunes at dawn",
-    "a yellow castle by the sea in the centre, at night, starry sky",
-    "an orange tent in snowy mountains on the right, at sunset",
-    "a green windmill on green hills at noon, clear sky",
-]
 
 VAE_RECIPE = Recipe(steps=6400, learning_rate=2e-3, average=0.997, seed=SEED)
 DECODER_RECIPE = Recipe(steps=1000, learning_rate=8e-4, average=0.995, seed=SEED + 1)
@@ -151,23 +140,13 @@ def polish_decoder() -> None:
     train_decoder(vae, kept["latents"] / kept["scaling"], shown(), DECODER_RECIPE, CACHE / "sd15-decoder.pt")
 
 
-@torch.no_grad()
 def make_latents() -> None:
     """Encodes every picture; finds the scaling that gives latents unit variance, and how they look in RGB."""
     if (CACHE / "sd15-latents.pt").exists():
         return
-    vae = trained_vae()
-    latents, colours = [], []
-    for indices in torch.arange(len(shown())).split(100):
-        pixels = shown().batch(indices)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encode(pixels)[0].float())
-        colours.append(functional.avg_pool2d(pixels, 8))
-    raw, rgb = torch.cat(latents), torch.cat(colours)
+    raw, rgb = encoded(trained_vae(), shown())
     scaling = 1 / raw.std().item()
-    columns = (raw * scaling).permute(0, 2, 3, 1).flatten(0, 2)
-    with_bias = torch.cat([columns, torch.ones(len(columns), 1)], 1)
-    fitted = torch.linalg.lstsq(with_bias, rgb.permute(0, 2, 3, 1).flatten(0, 2)).solution  # (5, 3)
+    fitted = colour_fit(raw * scaling, rgb)  # (5, 3)
     torch.save({"latents": raw * scaling, "scaling": scaling, "rgb": fitted}, CACHE / "sd15-latents.pt")
     log(f"latents: scaling factor {scaling:.4f}, channel means {(raw * scaling).mean((0, 2, 3)).tolist()}")
 
@@ -306,15 +285,7 @@ def export() -> None:
     write_networks(trained)
     write_json(FOLDER / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     write_json(FOLDER / "model_index.json", MODEL_INDEX)
-    rgb = [[round(value, 4) for value in row] for row in fitted["rgb"].tolist()]
-    settings = {
-        "defaults": DEFAULTS,
-        "latent_rgb": {"factors": rgb[:4], "bias": rgb[4]},
-        "vocabulary": known_words(),
-        "examples": EXAMPLES,
-    }
-    write_json(FOLDER / "triptych.json", settings)
-    log(f"exported to {FOLDER.relative_to(DEMO.parents[1])}")
+    write_settings(FOLDER, DEFAULTS, rounded(fitted["rgb"]))
 
 
 STAGES = {

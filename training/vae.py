@@ -64,6 +64,18 @@ def train_decoder(
     return fit(vae, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def encoded(vae: Autoencoder, shown: Postcards) -> tuple[Tensor, Tensor]:
+    """Every picture's raw latents (N, Z, 16, 16), and its colours (N, 3, 16, 16) at their size."""
+    latents, colours = [], []
+    for indices in torch.arange(len(shown)).split(100):
+        pixels = shown.batch(indices)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(vae.encode(pixels)[0].float())
+        colours.append(functional.avg_pool2d(pixels, 8))
+    return torch.cat(latents), torch.cat(colours)
+
+
 def crops(pixels: Tensor, boxes: Tensor, around: float, generator: torch.Generator) -> Tensor:
     """(B, 3, 128, 128) → (B, 3, 64, 64): a share `around` of them near the middle of the subject's box."""
     pieces = []
