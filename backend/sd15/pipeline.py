@@ -5,19 +5,17 @@ Letters: B images, L text tokens, D text features, h w latent pixels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
+from backend.decoding import decode_phase
 from backend.errors import CheckpointError
-from backend.events import Notice
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
-from backend.nn.pictures import linear_previews, to_pictures
+from backend.nn.pictures import linear_previews
 from backend.phases import Phase, Pipeline, Progress
 from backend.requests import SD15Request
 from backend.sampling.noise import Noise
@@ -27,14 +25,12 @@ from backend.sd15.defaults import defaults
 from backend.sd15.unet import UNet, UNetConfig
 from backend.text.encoders import load_clip_text, load_tokenizer
 from backend.text.prompts import encode_prompts
-from backend.weights.parts import Parts, completed, finite, layout_of
+from backend.weights.parts import Parts, completed, layout_of
 from backend.weights.source import Source
 
 # What "auto" means on a device that computes in it: fp16 keeps three more bits than bf16, and no network of
 # this family overflows but the VAE, whose decode is repeated in fp32.
 AUTO_DTYPE = "float16"
-
-TILE = 96  # latent pixels along a side; with a quarter of it overlapping, group norms see enough to agree
 
 # Published linear approximation of the decoder: model-space latents → RGB in [-1, 1]. For previews only.
 LATENT_RGB = {
@@ -127,14 +123,10 @@ def pipeline(
     rgb = source.extras().get("latent_rgb", LATENT_RGB if vae_config.latent_channels == 4 else None)
     item = dtype.itemsize
 
-    # tiles change the picture a little (each has its own group norms), so only where the whole does not fit
-    tile, side = None, TILE * vae_config.scale
-    decoding = decode_work(vae_config, job.height * job.width, item)
-    decisions: tuple[str, ...] = ()
     weights = sum(part.bytes for part in components.values())
-    if max(latent_size) > TILE and weights + decoding > budget_bytes:
-        tile, decoding = TILE, decode_work(vae_config, min(side * side, job.height * job.width), item)
-        decisions = (f"The picture is decoded in tiles of {side} pixels: the whole would not fit.",)
+    decoding, decisions = decode_phase(
+        vae_config, (job.height, job.width), dtype=dtype, device=device, room_bytes=budget_bytes - weights
+    )
 
     return Pipeline(
         components=components,
@@ -151,10 +143,7 @@ def pipeline(
                     parts["unet"], results["encode"], job, schedule, latent_size, dtype, device, rgb
                 ),
             ),
-            Phase(
-                name="decode", components=("vae",), key=None, work_bytes=decoding,
-                run=lambda parts, results: decode(parts["vae"], results["denoise"], dtype, device, tile),
-            ),
+            decoding,
         ),
         settings=job.settings(),
         decisions=decisions,
@@ -211,23 +200,6 @@ def denoise(
     return latents
 
 
-def decode(
-    vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device, tile: int | None
-) -> Generator[Progress | Notice, None, list[Image]]:
-    """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
-    pictures: list[Image] = []
-    for index, one in enumerate(vae.from_model(finite(latents, "denoising", dtype)).split(1)):
-        pixels = vae.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)), tile=tile)
-        if not pixels.isfinite().all() and dtype == torch.float16:
-            yield Notice(
-                text="The picture's decoder overflowed in float16; that picture was decoded in float32."
-            )
-            pixels = copy.deepcopy(vae).float().decode(one.to(device), tile=tile)
-        pictures += to_pictures(pixels.float() / 2 + 0.5)
-        yield Progress(step=index + 1, steps=len(latents))
-    return pictures
-
-
 def encode_work(item: int) -> int:
     """Bytes of activations of CLIP-L over two prompts: small beside every other phase."""
     return 2 * 77 * 768 * 24 * item
@@ -237,12 +209,3 @@ def denoise_work(config: UNetConfig, batch: int, latent_size: tuple[int, int], i
     """Bytes of activations of one forward: the outermost level's feed-forward beside the skip connections."""
     width, (height, breadth) = config.block_out_channels[0], latent_size
     return 26 * width * height * breadth * batch * item
-
-
-def decode_work(config: AutoencoderConfig, pixels: int, item: int) -> int:
-    """Bytes of activations of the decoder's last level, one picture at a time."""
-    outer, next_width = (
-        config.block_out_channels[0],
-        config.block_out_channels[min(1, len(config.block_out_channels) - 1)],
-    )
-    return (3 * next_width + 2 * outer) * pixels * item

@@ -1,0 +1,436 @@
+"""Stable Diffusion 3 and 3.5 as phases: encode_clip → encode_t5 → denoise → decode.
+
+Letters: B images, P prompts (one, or two with the negative one first), L text tokens, D text features, h w
+latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from backend.decoding import decode_phase
+from backend.errors import CheckpointError, InvalidRequest
+from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
+from backend.nn.pictures import linear_previews
+from backend.phases import Component, Phase, Pipeline, Progress
+from backend.requests import SD3Request
+from backend.sampling.flow import FlowConfig, sample_flow
+from backend.sampling.noise import Noise
+from backend.sd3.defaults import defaults
+from backend.sd3.mmdit import MMDiT, MMDiTConfig
+from backend.text.encoders import load_projected_clip_text, load_tokenizer
+from backend.text.prompts import encode_pooled_prompts
+from backend.text.t5 import (
+    encode_t5,
+    load_t5,
+    load_t5_tokenizer,
+    t5_available,
+    t5_bytes,
+    t5_length,
+    t5_work,
+)
+from backend.weights.parts import Parts, completed, dtype_name
+from backend.weights.source import Source
+
+# What "auto" means on a device that computes in it: the published weights are fp16.
+AUTO_DTYPE = "float16"
+
+CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+T5 = "text_encoder_3"
+PRICES = ("full", "int8", "nf4", "off")  # of T5, the best first
+SKIPPED = (7 / 24, 8 / 24, 9 / 24)  # the blocks that 3.5-medium's skip-layer guidance leaves out
+
+# Published linear approximation of the decoder: model-space latents → RGB in [-1, 1]. For previews only.
+LATENT_RGB = {
+    "factors": [
+        [-0.0645, 0.0177, 0.1052],
+        [0.0028, 0.0312, 0.0650],
+        [0.1848, 0.0762, 0.0360],
+        [0.0944, 0.0360, 0.0889],
+        [0.0897, 0.0506, -0.0364],
+        [-0.0020, 0.1203, 0.0284],
+        [0.0855, 0.0118, 0.0283],
+        [-0.0539, 0.0658, 0.1047],
+        [-0.0057, 0.0116, 0.0700],
+        [-0.0412, 0.0281, -0.0039],
+        [0.1106, 0.1171, 0.1220],
+        [-0.0248, 0.0682, -0.0481],
+        [0.0815, 0.0846, 0.1207],
+        [-0.0120, -0.0055, -0.0867],
+        [-0.0749, -0.0634, -0.0456],
+        [-0.1418, -0.1457, -0.1259],
+    ],
+    "bias": [0.0, 0.0, 0.0],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request with every default filled in; `tokens` is how many T5 reads."""
+
+    request: SD3Request
+    seeds: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    sampler: str
+    shift: float
+    width: int
+    height: int
+    tokens: int
+    skipped: tuple[int, ...]
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    @property
+    def prompts(self) -> list[str]:
+        request = self.request
+        return [request.negative_prompt, request.prompt] if self.guided else [request.prompt]
+
+    def skips(self, step: int) -> bool:
+        """Whether skip-layer guidance works on this step, counted from 0."""
+        request = self.request
+        start, stop = request.skip_layer_guidance_start, request.skip_layer_guidance_stop
+        on = self.guided and request.skip_layer_guidance_scale > 0
+        return on and start * self.steps < step < stop * self.steps
+
+    def settings(self, t5: str) -> dict[str, Any]:
+        """The request's fields with every default filled in, the seed that was used, and how T5 `ran`."""
+        filled = ("steps", "guidance_scale", "sampler", "shift", "width", "height")
+        return {
+            **asdict(self.request),
+            **{name: getattr(self, name) for name in filled},
+            "seed": self.seeds[0],
+            "ran": {"t5": t5},
+        }
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """What both CLIPs make of the prompts: features (P, L, D) side by side, and pooled ones (P, D_pooled)."""
+
+    features: Tensor
+    pooled: Tensor
+
+
+def complete(request: SD3Request, source: Source, seeds: tuple[int, ...], layers: int) -> Job:
+    """Fill in the checkpoint's defaults. Raises CheckpointError for one that cannot be served, InvalidRequest
+    for blocks to skip that a transformer of so many `layers` lacks."""
+    values = completed(request, source, defaults(source))
+    skipped = request.skip_guidance_layers
+    if skipped is None:
+        skipped = tuple(sorted({round(share * layers) for share in SKIPPED}))
+    if skipped and skipped[-1] >= layers:
+        raise InvalidRequest(
+            f"skip_guidance_layers holds {skipped[-1]}; this transformer has the layers 0 to {layers - 1}"
+        )
+    tokens = t5_length(source, request.max_sequence_length)
+    return Job(request=request, seeds=seeds, tokens=tokens, skipped=skipped, **values)
+
+
+def pipeline(
+    request: SD3Request,
+    source: Source,
+    *,
+    seeds: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_bytes: int,
+) -> Pipeline:
+    """The phases of a request, ready to plan and to run; reads configs, loads nothing.
+
+    Raises CheckpointError for a checkpoint that lacks a part, or whose parts do not belong together, and
+    InvalidRequest for a size or a T5 that it cannot serve.
+    """
+    config = MMDiTConfig.from_dict(source.config("transformer"))
+    vae_config = AutoencoderConfig.from_dict(source.config("vae"))
+    job = complete(request, source, seeds, config.num_layers)
+    check_together(source, config, vae_config)
+    check_size(job, config, vae_config)
+    parts = Parts(source=source, device=device)
+
+    def clip(name: str) -> Component:
+        def load() -> tuple[Any, Any]:
+            return load_tokenizer(source, CLIPS[name]), load_projected_clip_text(source, name, dtype, device)
+
+        return parts.component(name, dtype, load)
+
+    shared = {
+        **{name: clip(name) for name in CLIPS},
+        "transformer": parts.network("transformer", dtype, lambda: MMDiT(config)),
+        "vae": parts.network("vae", dtype, lambda: Autoencoder(vae_config)),
+    }
+    prices, reason = choices(request, source, device)
+    components: dict[str, Component] = {}
+    phases: tuple[Phase, ...] = ()
+    decisions: tuple[str, ...] = ()
+    price, tried = "off", 0
+    for price in prices:
+        tried += 1
+        components = shared if price == "off" else {**shared, T5: t5_component(parts, price, dtype)}
+        lasting = sum(part.bytes for part in components.values() if not part.passing)
+        decoding, decisions = decode_phase(
+            vae_config, (job.height, job.width), dtype=dtype, device=device, room_bytes=budget_bytes - lasting
+        )
+        phases = (*_phases(job, source, config, components, dtype, device), decoding)
+        passing = components[T5].bytes if T5 in components else 0
+        if lasting + max(p.work_bytes + passing * (T5 in p.components) for p in phases) <= budget_bytes:
+            break
+    return Pipeline(
+        components=components,
+        phases=phases,
+        settings=job.settings(price),
+        decisions=(told(price, tried > 1, reason), *decisions),
+    )
+
+
+def choices(request: SD3Request, source: Source, device: torch.device) -> tuple[list[str], str]:
+    """How T5 may run, the best first, and why not better where that is not for want of memory.
+
+    Raises CheckpointError or InvalidRequest for a wish that cannot be fulfilled.
+    """
+    if request.t5 == "off":
+        return ["off"], "as asked for"
+    lacking = None if source.has(T5) else f"{source.name} holds no {T5}"
+    if request.t5 == "auto":
+        if lacking:
+            return ["off"], lacking
+        return [price for price in PRICES if t5_available(price, device.type) is None], ""
+    if lacking:
+        raise CheckpointError(
+            f"t5 is {request.t5!r}, and {lacking}; set config_from to a folder or hub repository with one, "
+            "or t5 to 'off'"
+        )
+    if refused := t5_available(request.t5, device.type):
+        raise InvalidRequest(f"t5 is {request.t5!r}, which cannot run here: {refused}")
+    return [request.t5], ""
+
+
+def told(price: str, shrunk: bool, reason: str) -> str:
+    """In words, how T5 runs and why."""
+    how = {
+        "full": "T5 runs whole",
+        "int8": "T5 runs with 8 bits a weight",
+        "nf4": "T5 runs with 4 bits a weight",
+        "off": "T5 does not run",
+    }[price]
+    why = reason or ("more would not fit the memory at hand" if shrunk else "")
+    return f"{how}: {why}." if why else f"{how}."
+
+
+def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
+    source, device = parts.source, parts.device
+
+    def load() -> tuple[Any, Any]:
+        return load_t5_tokenizer(source), load_t5(source, T5, price, dtype, device)
+
+    whole = parts.component(T5, dtype, load)
+    precision = whole.precision if price == "full" else price
+    size = whole.bytes
+    if source.present([T5], dtype_name(dtype)):
+        size = t5_bytes(source.shapes(T5, dtype_name(dtype)), source.config(T5), price, dtype)
+    return replace(whole, identity=(whole.identity, price), precision=precision, bytes=size, passing=True)
+
+
+def check_together(source: Source, transformer: MMDiTConfig, vae: AutoencoderConfig) -> None:
+    """Refuse networks that do not speak to each other. Raises CheckpointError."""
+    lacking = [name for name in ("transformer", "vae", *CLIPS) if not source.has(name)]
+    if lacking:
+        raise CheckpointError(
+            f"{source.name} holds no {', '.join(lacking)}; set config_from to a folder or hub repository "
+            f"with {'it' if len(lacking) == 1 else 'them'}"
+        )
+    clips = [source.config(name) for name in CLIPS]
+    widths, pooled = (sum(clip.get(key, 0) for clip in clips) for key in ("hidden_size", "projection_dim"))
+    links = [
+        ("transformer makes latents", transformer.out_channels, "vae takes", vae.latent_channels),
+        ("vae makes latents", vae.latent_channels, "transformer takes", transformer.in_channels),
+        (
+            "text encoders give pooled features",
+            pooled,
+            "transformer takes",
+            transformer.pooled_projection_dim,
+        ),
+    ]
+    if source.has(T5):
+        width = source.config(T5).get("d_model")
+        links.append(
+            ("text_encoder_3 gives features", width, "transformer takes", transformer.joint_attention_dim)
+        )
+    for one, ours, other, theirs in links:
+        if ours != theirs:
+            raise CheckpointError(
+                f"{source.name}: the {one} of {ours} channels, and the {other} {theirs}: "
+                "they do not belong together"
+            )
+    if widths > transformer.joint_attention_dim:
+        raise CheckpointError(
+            f"{source.name}: the CLIP text encoders give features of {widths} channels together, and the "
+            f"transformer takes up to {transformer.joint_attention_dim}: they do not belong together"
+        )
+
+
+def check_size(job: Job, config: MMDiTConfig, vae: AutoencoderConfig) -> None:
+    """Raises InvalidRequest for a picture larger than the transformer knows positions for."""
+    step = config.patch_size * vae.scale
+    most = config.pos_embed_max_size * step
+    for name in ("width", "height"):
+        value = getattr(job, name)
+        if value > most or value % step:
+            raise InvalidRequest(
+                f"{name} is {value}; with this checkpoint it can be up to {most} in multiples of {step}"
+            )
+
+
+def _phases(
+    job: Job,
+    source: Source,
+    config: MMDiTConfig,
+    components: Mapping[str, Component],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Phase, ...]:
+    request, schedule = job.request, FlowConfig.from_dict(source.config("scheduler"))
+    vae_config = AutoencoderConfig.from_dict(source.config("vae"))
+    size = (job.height // vae_config.scale, job.width // vae_config.scale)
+    rgb = source.extras().get("latent_rgb", LATENT_RGB if config.out_channels == 16 else None)
+    words = (tuple(job.prompts), request.raw_prompt)
+    clip_key = ("encode_clip", *(components[name].identity for name in CLIPS), *words, request.clip_skip)
+    t5_key = ("encode_t5", components[T5].identity, *words, job.tokens) if T5 in components else None
+    guidance = (
+        request.skip_layer_guidance_scale, request.skip_layer_guidance_start,
+        request.skip_layer_guidance_stop, job.skipped,
+    )  # fmt: skip
+    denoise_key = (
+        "denoise", clip_key, t5_key, job.tokens, components["transformer"].identity, job.seeds, job.steps,
+        job.guidance_scale, job.sampler, job.shift, job.width, job.height, schedule, guidance,
+    )  # fmt: skip
+    prompts, item = len(job.prompts), dtype.itemsize
+    phases = [
+        Phase(
+            name="encode_clip", components=tuple(CLIPS), key=clip_key,
+            work_bytes=sum(clip_work(source.config(name), prompts, item) for name in CLIPS),
+            run=lambda parts, _: encode_clip(parts, job),
+        ),
+        Phase(
+            name="denoise", components=("transformer",), key=denoise_key,
+            work_bytes=denoise_work(config, prompts * len(job.seeds), size, job.tokens, item),
+            run=lambda parts, results: denoise(
+                parts["transformer"], results["encode_clip"], results.get("encode_t5"), job, schedule, size,
+                dtype, device, rgb,
+            ),
+        ),
+    ]  # fmt: skip
+    if T5 in components:
+        t5 = Phase(
+            name="encode_t5", components=(T5,), key=t5_key,
+            work_bytes=t5_work(source.config(T5), prompts, job.tokens, dtype),
+            run=lambda parts, _: read_t5(parts[T5], job),
+        )  # fmt: skip
+        phases.insert(1, t5)
+    return tuple(phases)
+
+
+def encode_clip(parts: Mapping[str, Any], job: Job) -> Generator[Progress, None, ClipText]:
+    request = job.request
+    features, pooled = [], []
+    for index, name in enumerate(CLIPS, start=1):
+        tokenizer, encoder = parts[name]
+        # the features are those before the last layer, the pooled ones those after it
+        tokens, summary = encode_pooled_prompts(
+            encoder, tokenizer, job.prompts, raw=request.raw_prompt, skip=request.clip_skip + 1
+        )
+        features.append(tokens)
+        pooled.append(summary)
+        yield Progress(step=index, steps=len(CLIPS))
+    lengths = [tokens.shape[1] for tokens in features]
+    if len(set(lengths)) > 1:
+        raise CheckpointError(
+            f"the two CLIP text encoders read the prompt as {lengths[0]} and {lengths[1]} tokens: "
+            "they do not belong together"
+        )
+    return ClipText(torch.cat(features, dim=2), torch.cat(pooled, dim=1))
+
+
+def read_t5(parts: Any, job: Job) -> Generator[Progress, None, Tensor]:
+    """→ features (P, L, D)."""
+    tokenizer, encoder = parts
+    features = encode_t5(encoder, tokenizer, job.prompts, job.tokens, raw=job.request.raw_prompt)
+    yield Progress(step=1, steps=1)
+    return features
+
+
+@torch.no_grad()
+def denoise(
+    network: MMDiT,
+    clip: ClipText,
+    t5: Tensor | None,
+    job: Job,
+    schedule: FlowConfig,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    rgb: Mapping[str, Any] | None,
+) -> Generator[Progress, None, Tensor]:
+    """→ latents (B, C, h, w), float32, in model space."""
+    batch, config = len(job.seeds), network.config
+    context, pooled = (
+        each.to(device, dtype).repeat_interleave(batch, dim=0)  # (P, …) → (P · B, …)
+        for each in (joined(clip.features, t5, config.joint_attention_dim, job.tokens), clip.pooled)
+    )
+
+    def predict(latents: Tensor, timestep: Tensor, step: int) -> Tensor:
+        x = latents.to(dtype).repeat(len(job.prompts), 1, 1, 1)
+        out = network(x, timestep.expand(len(x)), context, pooled).float()
+        if not job.guided:
+            return out
+        without, with_prompt = out.chunk(2)
+        guided = torch.lerp(without, with_prompt, job.guidance_scale)
+        if job.skips(step):
+            weaker = network(
+                x[batch:], timestep.expand(batch), context[batch:], pooled[batch:], job.skipped
+            ).float()
+            guided = guided + job.request.skip_layer_guidance_scale * (with_prompt - weaker)
+        return guided
+
+    noise = Noise(job.seeds, (config.in_channels, *size))
+    tokens = size[0] * size[1] // config.patch_size**2
+    latents: Tensor | None = None
+    for state in sample_flow(
+        job.sampler, predict, noise, schedule, job.steps, device, shift=job.shift, tokens=tokens
+    ):
+        latents, estimate = state.latents, state.denoised
+        yield Progress(
+            step=state.step,
+            steps=state.steps,
+            preview=(lambda x=estimate: linear_previews(x, rgb)) if rgb else None,
+        )
+    assert latents is not None
+    return latents
+
+
+def joined(clip: Tensor, t5: Tensor | None, width: int, tokens: int) -> Tensor:
+    """Both CLIPs' features, padded to the transformer's width, then T5's: (P, L, width). Without T5 as many
+    zeros stand in its place, as the network was trained."""
+    clip = F.pad(clip, (0, width - clip.shape[-1]))
+    rest = clip.new_zeros(len(clip), tokens, width) if t5 is None else t5.to(clip)
+    return torch.cat([clip, rest], dim=1)
+
+
+def clip_work(config: Mapping[str, Any], prompts: int, item: int) -> int:
+    """Bytes of activations, the result of every layer kept: small beside every other phase."""
+    width, layers = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
+    return prompts * 77 * width * (layers + 16) * item
+
+
+def denoise_work(config: MMDiTConfig, batch: int, size: tuple[int, int], tokens: int, item: int) -> int:
+    """Bytes of activations of one forward: what a block holds of all tokens at its widest."""
+    picture = size[0] * size[1] // config.patch_size**2
+    return 12 * batch * (picture + 77 + tokens) * config.width * item
