@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,12 +42,18 @@ from training.postcards import (
 
 WEIGHTS = DEMO / "judge.safetensors"
 RECIPE = Recipe(steps=1800, learning_rate=2e-3, weight_decay=0.05, average=0.99, save_every=300)
-FAMILIES = {"sd15": "Stable Diffusion 1.5", "stable_cascade": "Stable Cascade"}
+FAMILIES = {"sd15": "Stable Diffusion 1.5", "sd3": "Stable Diffusion 3", "stable_cascade": "Stable Cascade"}
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {"right": {}},
+    "sd3": {"right": {"t5": "full"}, "off": {"t5": "off"}},
     "stable_cascade": {"right": {"stages": "full"}, "lite": {"stages": "lite"}},
 }
-ROWS = {"right": "{}", "lite": "{}, lite Stage C", "variations": "{}, variations"}
+ROWS = {
+    "right": "{}",
+    "off": "{}, without T5",
+    "lite": "{}, lite Stage C",
+    "variations": "{}, variations",
+}
 VARIATIONS = 200
 PROMPTS = 400
 SCORE_SEED = 20_000
@@ -89,7 +95,7 @@ Variations are of {variations} held-out renders, without a word: what the judge 
 shows. The Stable Cascade demo has no lite Stage B; the lite row is of its lite Stage C and its one Stage B.
 
 `python -m training.judge score FAMILY` repeats this, FAMILY one of {families}; `python -m
-training.train_sd15` and `python -m training.train_cascade` train.
+training.train_sd15`, `training.train_sd3` and `training.train_cascade` train.
 
 The Stable Diffusion 1.5 weights come of a training that was mended on the way: the loss of the autoencoder,
 the weighting of the UNet and the captions reached their present form while it ran. The recipe in the code has
@@ -220,10 +226,7 @@ def score(family: str) -> None:
         if family == "stable_cascade":
             scored["variations"] = told_by_pictures(paint)
         samples = [paint(prompt=prompt, seed=7) for prompt in SAMPLES]
-    quieter = ImageOps.posterize(
-        sheet(samples, columns=8), 7
-    )  # the lowest bit is noise, and half of the file
-    quieter.save(DEMO / f"{file_name(family)}-samples.png", optimize=True)
+    save_samples(sheet(samples, columns=8), DEMO / f"{file_name(family)}-samples.png")
     write_json(DEMO / f"{file_name(family)}-score.json", scored)
     write_readme()
 
@@ -279,6 +282,12 @@ def sheet(pictures: list[Image.Image], *, columns: int) -> Image.Image:
     return paper
 
 
+def save_samples(picture: Image.Image, file: Path) -> None:
+    """In 256 colours, dithered lest skies have bands: half of the bytes of them all."""
+    palette = picture.quantize(256, kmeans=1)
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
+
+
 def write_readme() -> None:
     """`assets/demo/README.md` from the families' figures."""
     rows, sheets = [], []
@@ -300,7 +309,7 @@ def write_readme() -> None:
         sheets="\n".join(sheets),
         held_out=HELD_OUT_PERCENT,
         variations=VARIATIONS,
-        families=" and ".join(FAMILIES),
+        families=", ".join(FAMILIES),
     )
     (DEMO / "README.md").write_text(text, encoding="utf-8")
 
