@@ -6,13 +6,15 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextModelWithProjection
+from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
 from backend.sampling.wuerstchen import CosineSchedule
 from training.data import box_weights
 from training.postcards import caption, random_scene
 from training.text import caption_tokenizer, pooled_and_tokens, text_config, token_ids
 from training.train_cascade import SCHEDULER_CONFIG, STAGE_B_CONFIG, STAGE_C_CONFIG
+from training.train_sd3 import MMDIT_CONFIG, draw_sigmas, new_mmdit, told
+from training.triple_text import JOINT, WIDTHS, TextEncoders
 from training.wuerstchen import draw_ratios, new_unet, signal_at
 
 
@@ -64,3 +66,48 @@ def test_the_subject_weighs_more_and_the_mean_stays() -> None:
     assert abs(float(weights.mean()) - 1) < 1e-5
     assert torch.allclose(weights[0, 0, 8:, 4:8], 4 * weights[0, 0, 0, 0])
     assert (weights[0, 0, :8] == weights[0, 0, 0, 0]).all()
+
+
+def test_every_other_sigma_is_a_noisy_one_and_none_is_left_out() -> None:
+    sigmas = draw_sigmas(1000, torch.Generator().manual_seed(0))
+    assert sigmas[::2].min() >= 0.6
+    assert ((sigmas > 0) & (sigmas <= 1)).all()
+    assert torch.histc(sigmas, 5, 0, 1).min() >= 20
+
+
+def test_a_t5_tokenizer_reads_any_text_and_captions_by_the_word(tmp_path: Path) -> None:
+    encoders = TextEncoders(tmp_path)
+    for tokenizer in (encoders.t5_tokenizer, AutoTokenizer.from_pretrained(tmp_path / "tokenizer_3")):
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+        said = tokenizer.convert_ids_to_tokens(tokenizer("A red hot-air balloon, xy 空").input_ids)
+        words = ["▁A", "▁red", "▁hot", "-", "air", "▁balloon", ",", "▁", "x", "y", "▁", "<unk>", "</s>"]
+        assert said == words
+        assert tokenizer("").input_ids == [1]
+        padded = tokenizer("red", padding="max_length").input_ids
+        assert padded[1:] == [1] + [0] * (tokenizer.model_max_length - 2)
+
+
+@torch.no_grad()
+def test_the_denoiser_is_told_with_and_without_t5(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoders = TextEncoders(tmp_path).eval()
+    context, pooled = told(encoders, ["a red house"] * 64, torch.Generator().manual_seed(0))
+    length = context.shape[1] // 2
+    assert context.shape == (64, 2 * length, JOINT)
+    assert pooled.shape == (64, sum(WIDTHS))
+    without_t5 = (context[:, length:] == 0).all(2).all(1)
+    without_clip = (context[:, :length] == 0).all(2).all(1)
+    assert 12 <= without_t5.sum() <= 40
+    assert 1 <= without_clip.sum() <= 16
+    assert torch.equal(without_clip, (pooled == 0).all(1))
+
+
+@torch.no_grad()
+def test_a_new_mmdit_finds_no_velocity() -> None:
+    velocity = new_mmdit()(
+        torch.randn(2, 16, 16, 16),
+        torch.tensor([10.0, 900.0]),
+        torch.randn(2, 64, JOINT),
+        torch.randn(2, MMDIT_CONFIG["pooled_projection_dim"]),
+    )
+    assert (velocity == 0).all()
