@@ -18,6 +18,7 @@ class Family:
 
 FAMILIES = {
     "sd15": Family("Stable Diffusion 1.5", room="backend.sd15", demo="sd15"),
+    "sd3": Family("Stable Diffusion 3", room="backend.sd3", demo="sd3"),
     "stable_cascade": Family("Stable Cascade", room="backend.cascade", demo="stable-cascade"),
 }
 
@@ -26,8 +27,9 @@ FAMILIES = {
 class CatalogueEntry:
     """`repositories` are the hub's, none for what ships with Triptych; a release in parts has several.
 
-    `defaults` are the publisher's recommended settings. `parameters` are in millions per component, so that a
-    checkpoint can be planned before it is downloaded.
+    `defaults` are the publisher's recommended settings. `parameters` are in millions per component, tables of
+    positions that come with the weights included, so that a checkpoint can be planned before it is
+    downloaded. So do `configs`: what differs from those of the family's first published checkpoint.
     """
 
     name: str
@@ -38,6 +40,7 @@ class CatalogueEntry:
     url: str | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, float] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def bundled(self) -> bool:
@@ -55,6 +58,56 @@ def _demo(family: str) -> CatalogueEntry:
     )
 
 
+def _sd3(
+    name: str,
+    title: str,
+    repository: str,
+    transformer: float,
+    *,
+    steps: int,
+    guidance_scale: float,
+    config: Mapping[str, Any] | None = None,
+) -> CatalogueEntry:
+    return CatalogueEntry(
+        name=name,
+        family="sd3",
+        title=title,
+        repositories=(f"stabilityai/{repository}",),
+        licence="Stability AI Community License: free for research, and for commercial use below a yearly "
+        "revenue of 1 million US dollars, within the publisher's Acceptable Use Policy. Gated: its page asks "
+        "for an account that accepts the licence, and the download for a token of that account",
+        url=f"https://huggingface.co/stabilityai/{repository}",
+        defaults={
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "sampler": "euler",
+            "shift": 3.0,
+            "width": 1024,
+            "height": 1024,
+        },
+        parameters={
+            "transformer": transformer,
+            "vae": 83.82,
+            "text_encoder": 123.7,
+            "text_encoder_2": 694.7,
+            "text_encoder_3": 4762.3,
+        },
+        configs={"transformer": config} if config else {},
+    )
+
+
+SD35_MEDIUM = {
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": list(range(13)),
+    "pos_embed_max_size": 384,
+}
+SD35_LARGE = {
+    "qk_norm": "rms_norm",
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+}
+
 CATALOGUE = (
     _demo("sd15"),
     CatalogueEntry(
@@ -66,6 +119,42 @@ CATALOGUE = (
         url="https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
         defaults={"steps": 50, "guidance_scale": 7.5, "sampler": "pndm", "width": 512, "height": 512},
         parameters={"unet": 859.52, "vae": 83.65, "text_encoder": 123.06},
+    ),
+    _demo("sd3"),
+    _sd3(
+        "sd3-medium",
+        "Stable Diffusion 3 Medium",
+        "stable-diffusion-3-medium-diffusers",
+        2084.95,
+        steps=28,
+        guidance_scale=7.0,
+    ),
+    _sd3(
+        "sd3.5-medium",
+        "Stable Diffusion 3.5 Medium",
+        "stable-diffusion-3.5-medium",
+        2469.66,
+        steps=40,
+        guidance_scale=4.5,
+        config=SD35_MEDIUM,
+    ),
+    _sd3(
+        "sd3.5-large",
+        "Stable Diffusion 3.5 Large",
+        "stable-diffusion-3.5-large",
+        8146.28,
+        steps=28,
+        guidance_scale=3.5,
+        config=SD35_LARGE,
+    ),
+    _sd3(
+        "sd3.5-large-turbo",
+        "Stable Diffusion 3.5 Large Turbo",
+        "stable-diffusion-3.5-large-turbo",
+        8146.28,
+        steps=4,
+        guidance_scale=0.0,
+        config=SD35_LARGE,
     ),
     _demo("stable_cascade"),
     CatalogueEntry(

@@ -191,8 +191,8 @@ def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -
     values. Raises CheckpointError where a tensor that tells something is missing.
     """
     infer = {
-        "vqgan": _vqgan_config, "text_encoder": original.projected_text_config, "image_encoder": _image_config,
-        "previewer": _previewer_config, "effnet_encoder": _effnet_config,
+        "vqgan": _vqgan_config, "text_encoder": original.projected_text_config,
+        "image_encoder": _image_config, "previewer": _previewer_config, "effnet_encoder": _effnet_config,
     }  # fmt: skip
     known = {**PUBLISHED[component], **(settings or {})}
     try:

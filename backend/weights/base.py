@@ -123,4 +123,9 @@ def stamp(path: Path) -> str:
 
 def holds_tokenizer(folder: Path) -> bool:
     parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    return parts or (folder / "tokenizer.json").is_file()
+    return parts or any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+
+
+def tokenizer_files(tokenizer: str) -> str:
+    """What a tokenizer's folder must hold, in words; the third is T5's, of SentencePiece."""
+    return "tokenizer.json or spiece.model" if tokenizer == "tokenizer_3" else "vocab.json and merges.txt"

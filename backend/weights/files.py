@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
+DTYPES = {  # as safetensors names them
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors format
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from backend.errors import CheckpointError
 from backend.weights import kinds
-from backend.weights.base import PREFERENCE, Source, config_name, holds_tokenizer, keys_of
+from backend.weights.base import PREFERENCE, Source, config_name, holds_tokenizer, keys_of, tokenizer_files
 from backend.weights.files import WEIGHTS, Shapes, open_tensors, read_json, shapes
 from backend.weights.keymap import Origin, Renamed
 
@@ -68,7 +68,7 @@ class FolderSource(Source):
         folder = self._folder(component)
         if not holds_tokenizer(folder):
             raise CheckpointError(
-                f"{self.name} has no tokenizer: {folder} holds no vocab.json and merges.txt"
+                f"{self.name} has no {component}: {folder} holds no {tokenizer_files(component)}"
             )
         return folder
 

@@ -31,7 +31,7 @@ class Origin:
 
 
 class Renamed(Mapping[str, "Tensor"]):
-    """The tensors of `origins` out of `tensors`, each fetched when it is asked for, as a view if it can be."""
+    """The tensors of `origins` out of `tensors`, each fetched when asked for, as a view where it can be."""
 
     def __init__(self, tensors: Mapping[str, Tensor], origins: Mapping[str, Origin]) -> None:
         self._tensors = tensors

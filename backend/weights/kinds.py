@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ TENSORS = {
     "double_blocks.": "a Flux checkpoint",
     "single_transformer_blocks.": "a Flux checkpoint",
     "joint_blocks.": "sd3",
+    ".attn.add_q_proj.": "one component of a hub-layout checkpoint (give its folder or repository)",
     "clip_txt_mapper.": "stable_cascade",
     "effnet_mapper.": "stable_cascade",
     "vquantizer.": "stable_cascade",
@@ -34,6 +36,7 @@ TENSORS = {
     "decoder.up.0.": "a VAE alone",
     "text_model.embeddings.": "a text encoder alone",
     "vision_model.embeddings.": "an image encoder alone",
+    "encoder.block.0.layer.0.SelfAttention.": "a T5 text encoder alone",
 }
 
 # The class in a model_index.json begins with → the family, or what else it is; the longest row tells.
@@ -46,7 +49,10 @@ PIPELINES = {
     "StableDiffusionLatentUpscale": "a Stable Diffusion upscaler",
     "StableDiffusionDepth2Img": "a Stable Diffusion depth model",
     "StableDiffusionXL": "a Stable Diffusion XL checkpoint",
-    "StableDiffusion3": "sd3",
+    "StableDiffusion3": "sd3",  # also Img2Img, whose networks are the same
+    "StableDiffusion3Inpaint": "a Stable Diffusion 3 inpainting model",
+    "StableDiffusion3InstructPix2Pix": "a Stable Diffusion 3 editing model",
+    "StableDiffusion3ControlNet": "a Stable Diffusion 3 checkpoint with a ControlNet",
     "StableCascade": "stable_cascade",
     "Wuerstchen": "a Würstchen checkpoint",
     "Flux": "a Flux checkpoint",
@@ -55,7 +61,13 @@ PIPELINES = {
     "LatentConsistencyModel": "a latent consistency model",
 }
 
-TITLES = {name: family.title for name, family in FAMILIES.items()} | {"sd3": "Stable Diffusion 3"}
+TITLES = {name: family.title for name, family in FAMILIES.items()}
+
+# What files have beside weights that somebody quantised with scales of their own.
+SCALES = re.compile(
+    r"(^|.*\.)(scaled_fp8|(weight|input)_scale(_\d)?|scale_(weight|input)|comfy_quant|absmax|quant_map"
+    r"|quant_state\..*|SCB)"
+)
 
 
 def by_tensors(names: Iterable[str]) -> str | None:
@@ -79,3 +91,14 @@ def refuse_others(name: str, kind: str | None, family: str) -> None:
     """Raises CheckpointError if the checkpoint `name` is of a known kind other than `family`."""
     if kind not in (family, None):
         raise CheckpointError(f"{name} is {title(kind)}, and {title(family)} is due here")
+
+
+def refuse_scaled(names: Iterable[str]) -> None:
+    """Raises CheckpointError for quantised weights that mean nothing without scales beside them."""
+    scales = [name for name in names if SCALES.fullmatch(name)]
+    if scales:
+        raise CheckpointError(
+            f"its weights were quantised with scales of their own ({len(scales)} tensors: "
+            f"{', '.join(scales[:3])}{', …' if len(scales) > 3 else ''}), which cannot be read; take the "
+            "same checkpoint in float32, bfloat16, float16, or float8 without scales"
+        )

@@ -1,4 +1,4 @@
-"""Networks that the original files of several families hold: their names there, and what shapes tell of them."""
+"""Networks in the original files of several families: their names there, and what their shapes tell."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class HubSource(Source):
     """A hub repository in hub layout, or one single file of a repository, by way of the hub's cache.
 
-    Until it is downloaded, configs and sizes are those of the family's first published checkpoint.
+    Until it is downloaded, configs and sizes are those of the catalogue, or else of the family's first
+    published checkpoint.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class HubSource(Source):
 
     def config(self, component: str) -> dict[str, Any]:
         if not self._has(component, "float32", weights=False):
-            return dict(self._keys.PUBLISHED[component])
+            entry = self._entry()
+            own = entry.configs.get(component, {}) if entry else {}
+            return {**self._keys.PUBLISHED[component], **own}
         return self._here().config(component)
 
     def tensors(self, component: str, dtype: str) -> Mapping[str, Tensor]:

@@ -22,6 +22,7 @@ from backend.weights.base import (
     holds_tokenizer,
     keys_of,
     stamp,
+    tokenizer_files,
 )
 from backend.weights.files import Shapes, open_tensors, precision, read_json, shapes
 from backend.weights.folder import read_extras
@@ -99,6 +100,7 @@ class FileSource(Source):
                 return {}
             kinds.refuse_others(name, kind, self.family)
         try:
+            kinds.refuse_scaled(found)
             return self._keys.parts(found)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
@@ -110,13 +112,15 @@ class FileSource(Source):
             lacking = [name for name in offered if name in self._keys.COMPONENTS and not self._owns(name)]
             yield from self._complement.fetch(offered, dtype, weights=False)
             yield from self._complement.fetch(lacking, dtype, weights=weights)
-        elif any(name.startswith(("text_encoder", "tokenizer")) for name in components):
-            if self._standard is None or self._tokenizer_here() is not None:
-                return
+        prepared = [companion_of(name) or name for name in components if self.has(name)]
+        for name in dict.fromkeys(name for name in prepared if name.startswith("tokenizer")):
+            source = self._tokenizer_source(name)
+            if source is None or source is not self._standard or self._tokenizer_here(name) is not None:
+                continue
             try:
-                yield from self._standard.fetch(["tokenizer"], dtype, weights=False)
+                yield from source.fetch([name], dtype, weights=False)
             except AccessError as error:
-                raise CheckpointError(f"{self._no_tokenizer()} ({error})") from error
+                raise CheckpointError(f"{self._no_tokenizer(name)} ({error})") from error
 
     def has(self, component: str) -> bool:
         if component in self._parts:
@@ -127,8 +131,7 @@ class FileSource(Source):
             )
         if not component.startswith("tokenizer"):
             return component in self._keys.PUBLISHED
-        source = self._complement or self._standard
-        return self._tokenizer_here() is not None or (source is not None and source.has(component))
+        return self._tokenizer_here(component) is not None or self._tokenizer_source(component) is not None
 
     def config(self, component: str) -> dict[str, Any]:
         known = (
@@ -163,15 +166,15 @@ class FileSource(Source):
         return _shapes(self._part(component, dtype))
 
     def tokenizer(self, component: str = "tokenizer") -> Path:
-        if (folder := self._tokenizer_here()) is not None:
+        if (folder := self._tokenizer_here(component)) is not None:
             return folder
-        source = self._complement or self._standard
+        source = self._tokenizer_source(component)
         if source is None:
-            raise CheckpointError(self._no_tokenizer())
+            raise CheckpointError(self._no_tokenizer(component))
         try:
             return source.tokenizer(component)
         except (AccessError, CheckpointError) as error:
-            raise CheckpointError(f"{self._no_tokenizer()} ({error})") from error
+            raise CheckpointError(f"{self._no_tokenizer(component)} ({error})") from error
 
     def files(self, component: str, dtype: str) -> list[Path]:
         if component.startswith("tokenizer"):
@@ -211,23 +214,34 @@ class FileSource(Source):
 
     def _lacking(self, component: str) -> Source:
         if self._complement is None or self._owns(component) or not self._complement.has(component):
+            also = [name for name in self._keys.REQUIRED if not self.has(name)]
+            lacking = list(dict.fromkeys([component, *also]))
             raise CheckpointError(
-                f"{self.name} holds no {component}; set config_from to a folder or hub repository with one"
+                f"{self.name} holds no {', '.join(lacking)}; set config_from to a folder or hub repository "
+                f"with {'them' if len(lacking) > 1 else 'one'}"
             )
         return self._complement
 
-    def _tokenizer_here(self) -> Path | None:
+    def _tokenizer_here(self, component: str) -> Path | None:
+        """The folder beside the files with that tokenizer."""
         if self.root is None:
             return None
-        beside = [part.path.parent for part in self._parts.get("text_encoder", [])]
-        places = [self.root / "tokenizer", *beside, self.root]
+        encoders = [
+            part for name, parts in self._parts.items() if companion_of(name) == component for part in parts
+        ]
+        places = [self.root / component, *(part.path.parent for part in encoders), self.root]
         return next((place for place in places if holds_tokenizer(place)), None)
 
-    def _no_tokenizer(self) -> str:
+    def _tokenizer_source(self, component: str) -> Source | None:
+        """Who else is to give that tokenizer."""
+        others = (self._complement, self._standard)
+        return next((source for source in others if source is not None and source.has(component)), None)
+
+    def _no_tokenizer(self, component: str) -> str:
         return (
-            f"{self.name} holds no tokenizer, as the original files do not, and none was found; set "
-            "config_from to a folder with a tokenizer/ (vocab.json and merges.txt), or to a hub repository "
-            f"such as {catalog.published(self.family).repositories[0]}"
+            f"{self.name} holds no {component}, as the original files do not, and none was found; set "
+            f"config_from to a folder with a {component}/ ({tokenizer_files(component)}), or to a hub "
+            f"repository such as {catalog.published(self.family).repositories[0]}"
         )
 
 

@@ -149,7 +149,7 @@ def test_queries_keys_and_values_are_views_of_their_stack(files: Path) -> None:
 def test_a_stack_that_is_not_three_is_refused(loose: Path) -> None:
     name = "down_blocks.0.2.attention.attn.in_proj_bias"
     spoil(loose / "stage_c.safetensors", lambda tensors: tensors.update({name: torch.zeros(100)}))
-    with pytest.raises(CheckpointError, match=r"in_proj_bias has 100 rows, which are not three"):
+    with pytest.raises(CheckpointError, match=r"in_proj_bias has 100 rows, which are not 3 of a kind"):
         source(loose)
 
 

@@ -462,7 +462,7 @@ def test_networks_that_a_file_lacks_come_from_config_from(folder: Path, single: 
     }
     save_file(unet, tmp_path / "unet.safetensors")
     alone = resolve(str(tmp_path / "unet.safetensors"), "sd15", settings(tmp_path))
-    with pytest.raises(CheckpointError, match="holds no vae; set config_from"):
+    with pytest.raises(CheckpointError, match="holds no vae, text_encoder; set config_from"):
         alone.tensors("vae", "float32")
     source = resolve(str(tmp_path / "unet.safetensors"), "sd15", settings(tmp_path), config_from=str(folder))
     assert "decoder.conv_in.weight" in source.tensors("vae", "float32")
