@@ -1,7 +1,7 @@
 """Tiny random checkpoints, made with the reference library, for every test that loads one.
 
-`sd15_folder` and `cascade_folder` write the hub layout, `sd15_single_file` and `cascade_single_files` the
-same weights under the original release's names.
+`sd15_folder`, `sd3_folder` and `cascade_folder` write the hub layout, `sd15_single_file`, `sd3_single_file`
+and `cascade_single_files` the same weights under the original release's names.
 The names of the original release are derived here from how its networks are laid out (blocks counted in the
 order in which they run), not read from our own key tables, so that a mistake there shows.
 """
@@ -114,7 +114,7 @@ def unlike_at_start(module: nn.Module) -> Any:
     return module
 
 
-def tokenizer_files(path: Path) -> Path:
+def tokenizer_files(path: Path, *, pad: str = "<|endoftext|>") -> Path:
     """A byte-level BPE tokenizer in CLIP's form that knows `WORDS` whole, 77 positions → `path`."""
     path.mkdir(parents=True, exist_ok=True)
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -141,7 +141,7 @@ def tokenizer_files(path: Path) -> Path:
         "bos_token": "<|startoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
+        "pad_token": pad,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return path
@@ -277,6 +277,222 @@ def renamed(name: str, places: Mapping[str, str], inside: Mapping[str, str]) -> 
                     rest = original + rest.removeprefix(layer)
             return f"{places[head]}.{rest}"
     return name
+
+
+def sd3_folder(
+    path: Path,
+    *,
+    seed: int = 0,
+    t5: Mapping[str, Any] | bool = True,
+    vae: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    text_2: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    **transformer: Any,
+) -> Path:
+    """A Stable Diffusion 3 checkpoint of random weights in hub layout, float32 → `path`.
+
+    Keywords override the transformer's config (`qk_norm="rms_norm"`, `dual_attention_layers=(0, 1)`, ...);
+    `vae`, `text`, `text_2` (the CLIP models), `t5` and `scheduler` the others'. `t5=False` leaves T5 and its
+    tokenizer out. Without overrides, what single files cannot tell is as published, but for `sample_size`,
+    which is of 128 pixels; up to 256 can be made. The projection of CLIP-L is the identity, as published,
+    unless `text` gives it another size than the model's width.
+    """
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+
+    torch.manual_seed(seed)
+    tokenizer_files(path / "tokenizer")
+    tokenizer_files(path / "tokenizer_2", pad="!")
+    tokenizer, tokenizer_2 = (
+        CLIPTokenizer.from_pretrained(path / name) for name in ("tokenizer", "tokenizer_2")
+    )
+    clip: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    text_config = {**clip, "hidden_act": "quick_gelu", "projection_dim": 64, **(text or {})}
+    text_config_2 = {**clip, "hidden_act": "gelu", "projection_dim": 32, **(text_2 or {})}
+    pooled = text_config["projection_dim"] + text_config_2["projection_dim"]
+    transformer_config: dict[str, Any] = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "joint_attention_dim": 160,  # more than the widths of both CLIP models
+        "caption_projection_dim": 128,
+        "pooled_projection_dim": pooled,
+        "pos_embed_max_size": 16,
+        **transformer,
+    }
+    vae_config: dict[str, Any] = {
+        "sample_size": 128,
+        "latent_channels": 16,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "block_out_channels": (32, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        **(vae or {}),
+    }
+    clip_l = unlike_at_start(CLIPTextModelWithProjection(CLIPTextConfig(**text_config)))
+    if text_config["projection_dim"] == text_config["hidden_size"]:
+        nn.init.eye_(clip_l.text_projection.weight)
+    parts: dict[str, Any] = {
+        "transformer": unlike_at_start(SD3Transformer2DModel(**transformer_config)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+        "vae": unlike_at_start(AutoencoderKL(**vae_config)),
+        "text_encoder": clip_l,
+        "tokenizer": tokenizer,
+        "text_encoder_2": unlike_at_start(CLIPTextModelWithProjection(CLIPTextConfig(**text_config_2))),
+        "tokenizer_2": tokenizer_2,
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+    if t5 is not False:
+        t5_tokenizer_files(path / "tokenizer_3")
+        tokenizer_3 = T5Tokenizer.from_pretrained(path / "tokenizer_3")
+        t5_config: dict[str, Any] = {
+            "vocab_size": len(tokenizer_3),
+            "d_model": transformer_config["joint_attention_dim"],
+            "d_kv": 16,
+            "d_ff": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            **(t5 if isinstance(t5, Mapping) else {}),
+        }
+        encoder = T5EncoderModel(T5Config(**t5_config))
+        parts |= {"text_encoder_3": unlike_at_start(encoder), "tokenizer_3": tokenizer_3}
+    StableDiffusion3Pipeline(**parts).save_pretrained(path)
+    return path
+
+
+def t5_tokenizer_files(path: Path) -> Path:
+    """A Unigram tokenizer in T5's form that knows `WORDS` whole and spells other ASCII → `path`."""
+    from transformers import T5Tokenizer
+
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -8.0}
+    pieces |= {f"▁{word}": -4.0 for word in WORDS}
+    pieces |= {chr(code): -12.0 for code in range(ord("!"), ord("~") + 1)}
+    T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512).save_pretrained(path)
+    return path
+
+
+def sd3_single_file(
+    path: Path,
+    folder: Path,
+    *,
+    clips: bool = True,
+    t5: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """The weights of a hub-layout folder under the names of the original release → the file `path`.
+
+    `clips` and `t5` (a dtype's name) say which text encoders it holds; T5 has a dtype of its own, as in the
+    published files, "float8_e4m3fn" in the smallest that has it.
+    """
+
+    def read(component: str, file: str = "model") -> dict[str, Tensor]:
+        return load_file(folder / component / f"{file}.safetensors")
+
+    plain = "diffusion_pytorch_model"
+    tensors = {
+        **original_mmdit(read("transformer", plain), config_of(folder, "transformer")),
+        **original_vae(read("vae", plain), config_of(folder, "vae")),
+    }
+    for name, component in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+        if clips:
+            clip = read(component)
+            if name == "clip_l":  # published without: what its identity is multiplied by stays what it is
+                del clip["text_projection.weight"]
+            tensors |= {f"text_encoders.{name}.transformer.{key}": value for key, value in clip.items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    if t5:
+        encoder = read("text_encoder_3")
+        encoder["encoder.embed_tokens.weight"] = encoder["shared.weight"].clone()  # published twice
+        tensors |= {
+            f"text_encoders.t5xxl.transformer.{key}": value.to(getattr(torch, t5))
+            for key, value in encoder.items()
+        }
+    save_file(tensors, path)
+    return path
+
+
+def original_mmdit(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The original has queries, keys and values in one matrix, a block for the picture (x) and one for the
+    text (context) in each layer, and shift before scale in every modulation."""
+    out = {"pos_embed": tensors["pos_embed.pos_embed"]}
+
+    def copy(ours: str, theirs: str) -> None:
+        out.update({f"{theirs}.{kind}": tensors[f"{ours}.{kind}"] for kind in ("weight", "bias")})
+
+    def stack(ours: list[str], theirs: str) -> None:
+        for kind in ("weight", "bias"):
+            out[f"{theirs}.{kind}"] = torch.cat([tensors[f"{each}.{kind}"] for each in ours])
+
+    def shift_first(ours: str, theirs: str) -> None:
+        for kind in ("weight", "bias"):
+            scale, shift = tensors[f"{ours}.{kind}"].chunk(2)
+            out[f"{theirs}.{kind}"] = torch.cat([shift, scale])
+
+    def norms(ours: str, theirs: str) -> None:
+        for letter in "qk":
+            if f"{ours}_{letter}.weight" in tensors:
+                out[f"{theirs}.ln_{letter}.weight"] = tensors[f"{ours}_{letter}.weight"]
+
+    copy("pos_embed.proj", "x_embedder.proj")
+    for ours, theirs in (("timestep_embedder", "t_embedder"), ("text_embedder", "y_embedder")):
+        copy(f"time_text_embed.{ours}.linear_1", f"{theirs}.mlp.0")
+        copy(f"time_text_embed.{ours}.linear_2", f"{theirs}.mlp.2")
+    copy("context_embedder", "context_embedder")
+    for index in range(config["num_layers"]):
+        block, joint = f"transformer_blocks.{index}", f"joint_blocks.{index}"
+        x, context = f"{joint}.x_block", f"{joint}.context_block"
+        copy(f"{block}.norm1.linear", f"{x}.adaLN_modulation.1")
+        for attention in ("attn", "attn2"):
+            if f"{block}.{attention}.to_q.weight" in tensors:
+                ours = f"{block}.{attention}"
+                stack([f"{ours}.to_{letter}" for letter in "qkv"], f"{x}.{attention}.qkv")
+                copy(f"{ours}.to_out.0", f"{x}.{attention}.proj")
+                norms(f"{ours}.norm", f"{x}.{attention}")
+        stack([f"{block}.attn.add_{letter}_proj" for letter in "qkv"], f"{context}.attn.qkv")
+        norms(f"{block}.attn.norm_added", f"{context}.attn")
+        copy(f"{block}.ff.net.0.proj", f"{x}.mlp.fc1")
+        copy(f"{block}.ff.net.2", f"{x}.mlp.fc2")
+        if index == config["num_layers"] - 1:  # no text comes out of the last: no gates, no more layers
+            shift_first(f"{block}.norm1_context.linear", f"{context}.adaLN_modulation.1")
+        else:
+            copy(f"{block}.norm1_context.linear", f"{context}.adaLN_modulation.1")
+            copy(f"{block}.attn.to_add_out", f"{context}.attn.proj")
+            copy(f"{block}.ff_context.net.0.proj", f"{context}.mlp.fc1")
+            copy(f"{block}.ff_context.net.2", f"{context}.mlp.fc2")
+    shift_first("norm_out.linear", "final_layer.adaLN_modulation.1")
+    copy("proj_out", "final_layer.linear")
+    return {f"model.diffusion_model.{name}": tensor for name, tensor in out.items()}
 
 
 CASCADE_PRIORS: dict[str, dict[str, Any]] = {
