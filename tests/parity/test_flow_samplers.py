@@ -58,7 +58,7 @@ def reference(name: str, published: dict[str, Any], steps: int, tokens: int) -> 
     euler: Any = diffusers.FlowMatchEulerDiscreteScheduler.from_config(published)
     c = euler.config
     lengths = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-    mu: Any = calculate_shift(tokens, *lengths) if c.use_dynamic_shifting else None
+    mu = calculate_shift(tokens, *lengths) if c.use_dynamic_shifting else None
     euler.set_timesteps(steps, mu=mu)
     if name == "euler":
         return euler
@@ -70,15 +70,13 @@ def reference(name: str, published: dict[str, Any], steps: int, tokens: int) -> 
             scheduler.timesteps = torch.cat(twice)
             scheduler.sigmas = torch.cat([*twice, torch.zeros(1)]) / c.num_train_timesteps
         return scheduler
-    linear = mu is not None and c.time_shift_type == "linear"  # which it does not know: as a fixed shift
+    settings: dict[str, Any] = {"flow_shift": c.shift, "use_dynamic_shifting": c.use_dynamic_shifting}
+    if c.use_dynamic_shifting and c.time_shift_type == "linear":  # which it does not know: as a fixed shift
+        settings, mu = {"flow_shift": mu}, None
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        c.num_train_timesteps,
-        use_flow_sigmas=True,
-        prediction_type="flow_prediction",
-        flow_shift=mu if linear else c.shift,
-        use_dynamic_shifting=mu is not None and not linear,
+        c.num_train_timesteps, use_flow_sigmas=True, prediction_type="flow_prediction", **settings
     )
-    scheduler.set_timesteps(steps, mu=None if linear else mu)
+    scheduler.set_timesteps(steps, mu=mu)
     return scheduler
 
 
