@@ -132,8 +132,8 @@ class Tokens:
 
     def joined(self, features: Tensor) -> Tensor:
         """Features (B·n, L, D) weighted and put one chunk behind the other → (B, n·L, D)."""
-        weighted = _weighted(features, self.weights.to(features.device))
-        return weighted.reshape(self.prompts, -1, features.shape[-1])
+        scaled = weighted(features, self.weights.to(features.device))
+        return scaled.reshape(self.prompts, -1, features.shape[-1])
 
 
 def tokenise(
@@ -246,7 +246,7 @@ def _padded(tokenizer: CLIPTokenizer, row: list[Token], length: int) -> list[int
     return [begin, *(token for token, _ in row), end, *[pad] * (length - len(row) - 2)]
 
 
-def _weighted(features: Tensor, weights: Tensor) -> Tensor:
+def weighted(features: Tensor, weights: Tensor) -> Tensor:
     """Multiply each token's features (N, L, D) by its weight (N, L), then restore each chunk's mean.
 
     Everybody restores it so, and pictures agree. But where an encoder's features lie around zero, the means'

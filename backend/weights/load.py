@@ -34,24 +34,25 @@ def load_module(
 
     Raises CheckpointError where the tensors are not just those of the module, or the module cannot be built.
     """
-    module = _build(build, what)
-    _check(module.state_dict(), tensors, what)
+    module = build_on_meta(build, what)
+    check_tensors(module.state_dict(), tensors, what)
     for name, meta in list(module.state_dict(keep_vars=True).items()):
         kept = dtype if meta.is_floating_point() else meta.dtype
         value = _placed(tensors[name], kept, device, layout if meta.ndim == 4 else torch.contiguous_format)
-        _assign(
+        assign(
             module,
             name,
             nn.Parameter(value, requires_grad=False) if isinstance(meta, nn.Parameter) else value,
         )
     for name, value in (buffers or {}).items():
-        _assign(module, name, value.to(device))
+        assign(module, name, value.to(device))
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not left, f"{what}: {left} have no values"
     return module.eval()
 
 
-def _build(build: Callable[[], M], what: str) -> M:
+def build_on_meta(build: Callable[[], M], what: str) -> M:
+    """What `build` makes, without memory for its weights. Raises CheckpointError where it cannot be made."""
     try:
         with torch.device("meta"):
             return build()
@@ -60,7 +61,8 @@ def _build(build: Callable[[], M], what: str) -> M:
         raise CheckpointError(f"{what}: no network can be built from its config: {error}") from error
 
 
-def _check(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises CheckpointError, naming them, for tensors that are missing, too many or of another shape."""
     missing = expected.keys() - tensors.keys()
     unexpected = tensors.keys() - expected.keys()
     shaped = (
@@ -87,7 +89,8 @@ def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, layout: to
     return tensor.to(device=device, dtype=dtype, memory_format=layout)
 
 
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter or buffer called `name`, dots and all, of the module."""
     *path, last = name.split(".")
     owner = module.get_submodule(".".join(path))
     setattr(owner, last, value)

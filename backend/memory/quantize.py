@@ -1,0 +1,186 @@
+"""Linear layers whose weights take 8 or 4 bits: LLM.int8 (arXiv:2208.07339), NF4 (arXiv:2305.14314), float8.
+
+The weights are buffers like any others: they move between devices, are counted, and are made of one tensor a
+piece at a time, so that nothing but the result and one piece is in memory. bitsandbytes computes with the
+first two; it is imported when the first of them is made. Shapes: a weight is (N, K) for K features in, N out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backend.errors import InvalidRequest
+
+PRECISIONS = ("int8", "nf4")
+BLOCK = 64  # how many weights share a scale in nf4
+PIECE = 1 << 20  # weights quantised at once: in the processor's cache, 4 times as fast as all of a layer
+OUTLIER = 6.0  # a feature as large as this is multiplied unrounded: the paper's choice
+
+
+def unavailable(precision: str, device: str) -> str | None:
+    """Why weights of this precision cannot run on a device of this type; None where they can."""
+    if precision not in PRECISIONS:
+        return None
+    if device not in ("cpu", "cuda"):
+        return f"{precision} weights run on cpu and cuda, not on {device}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return f"{precision} weights need the package bitsandbytes, which is not installed"
+    return None
+
+
+def fits(precision: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this shape can be kept so: NF4 takes rows of whole blocks."""
+    return precision == "int8" or (precision == "nf4" and shape[-1] % BLOCK == 0)
+
+
+def quantised_bytes(precision: str, shape: tuple[int, ...]) -> int:
+    """What such a weight takes with its scales, which are float32."""
+    rows, columns = shape
+    if precision == "int8":
+        return rows * columns + rows * 4
+    return rows * columns // 2 + rows * columns // BLOCK * 4
+
+
+def quantised(weight: Tensor, precision: str, device: torch.device) -> nn.Module:
+    """A linear layer without bias of `weight` (N, K), of any float dtype and mapped or not, on `device`.
+
+    Raises InvalidRequest where bitsandbytes cannot be had.
+    """
+    return {"int8": Int8Linear, "nf4": NF4Linear}[precision](weight, device)
+
+
+class Int8Linear(nn.Module):
+    """Features are rounded to 8 bits too, each token by its own scale, but for outliers."""
+
+    def __init__(self, weight: Tensor, device: torch.device) -> None:
+        super().__init__()
+        bnb = bitsandbytes()
+        rounded = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        scale = torch.empty(len(weight), device=device)
+        start = 0
+        for rows in weight.split(max(PIECE // weight.shape[1], 1)):
+            stop = start + len(rows)
+            values = widened(rows.to(device), torch.float16)
+            rounded[start:stop], scale[start:stop], _ = bnb.functional.int8_vectorwise_quant(values)
+            start = stop
+        self.register_buffer("weight", rounded)
+        self.register_buffer("scale", scale)
+        self._multiply = torch.ops.bitsandbytes.int8_mixed_scaled_mm.default
+        self._round: Callable[..., Any] = bnb.functional.int8_vectorwise_quant
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, scale = self.get_buffer("weight"), self.get_buffer("scale")
+        features = x.reshape(-1, x.shape[-1])
+        rounded, scales, outliers = self._round(features.to(torch.float16), threshold=OUTLIER)
+        out, _ = self._multiply(features, rounded, weight, scales, scale, outliers, None)
+        return out.reshape(*x.shape[:-1], len(weight))
+
+
+class NF4Linear(nn.Module):
+    """Weights are one of 16 levels times their block's largest; the features stay as they are.
+
+    bitsandbytes can also lay the weights out for the bf16 instructions of a CPU, at the first use. That takes
+    0.1 to 0.25 s a layer of T5-XXL and 10 times the weights' memory, to save nothing at 512 tokens: not done.
+    """
+
+    def __init__(self, weight: Tensor, device: torch.device) -> None:
+        super().__init__()
+        bnb = bitsandbytes()
+        levels = bnb.functional.get_4bit_type("nf4", device="cpu")
+        between = ((levels[1:] + levels[:-1]) / 2).tolist()
+        packed = torch.empty(weight.numel() // 2, dtype=torch.uint8, device=device)
+        largest = torch.empty(weight.numel() // BLOCK, device=device)
+        start = 0
+        for piece in weight.flatten().split(PIECE):
+            stop = start + len(piece)
+            blocks = widened(piece.to(device), torch.float32).view(-1, BLOCK)
+            peaks = blocks.abs().amax(1)
+            nearest = _levels(blocks * peaks.clamp(min=1e-38).reciprocal()[:, None], between).flatten()
+            packed[start // 2 : stop // 2] = (nearest[::2] << 4) | nearest[1::2]
+            largest[start // BLOCK : stop // BLOCK] = peaks
+            start = stop
+        self.shape = tuple(weight.shape)
+        self.register_buffer("weight", packed)
+        self.register_buffer("scale", largest)
+        self._multiply = torch.ops.bitsandbytes.gemm_4bit.default
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.get_buffer("weight")[:, None]
+        return self._multiply(x, weight, self.shape, self.get_buffer("scale"), BLOCK, "nf4")
+
+
+def _levels(values: Tensor, between: list[float]) -> Tensor:
+    """The number of the nearest level of each value. 15 comparisons in the processor's cache take a tenth of
+    the time of a search."""
+    number = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for bound in between:
+        number += values > bound
+    return number
+
+
+class Float8Linear(nn.Module):
+    """The weight stays as the file has it, and is widened whenever it is used; it computes in `dtype`."""
+
+    weight = None  # T5 casts features to the dtype of a weight, and there are none in float8
+
+    def __init__(self, stored: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("stored", stored)
+        self.computes_in = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.computes_in), widened(self.get_buffer("stored"), self.computes_in))
+
+
+def widened(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight.to(dtype)`. Of float8_e4m3fn on a CPU 4 times as fast as torch's: its bits are those of a
+    bfloat16 but for the exponent's offset. There are no NaNs in weights, which this would not keep."""
+    if weight.dtype != torch.float8_e4m3fn or weight.device.type != "cpu":
+        return weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=torch.bfloat16)
+    for narrow, wide in zip(weight.flatten().split(PIECE), out.flatten().split(PIECE), strict=True):
+        bits = wide.view(torch.int16).copy_(narrow.view(torch.int8))  # the sign fills the upper byte
+        bits.bitwise_left_shift_(4).bitwise_and_(-0x7810)  # sign, 4 bits of exponent, 3 of mantissa
+        wide.mul_(2.0**120)  # the offsets of the exponents are 127 and 7
+    return out.to(dtype)
+
+
+@cache
+def bitsandbytes() -> Any:
+    """The package. Raises InvalidRequest where it is missing or cannot be loaded."""
+    with _quiet():
+        try:
+            import bitsandbytes
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            raise InvalidRequest(
+                f"int8 and nf4 weights need the package bitsandbytes, which cannot be loaded: {error}"
+            ) from error
+    return bitsandbytes
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While bitsandbytes is imported on a CPU with bf16, it asks the package `kernels`, if that is there, to
+    download code from the hub, which only the layout that is not used here calls; else it warns."""
+    before, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]  (an import of it fails)
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        with suppress(KeyError):
+            del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before

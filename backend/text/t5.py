@@ -1,0 +1,195 @@
+"""The T5 encoder of Stable Diffusion 3 at its prices: whole, with 8 bits a weight, or with 4.
+
+Source: Raffel et al., arXiv:1910.10683; the network and its tokenizer are those of the transformers library.
+Letters: B prompts, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5Tokenizer
+
+from backend.errors import CheckpointError, InvalidRequest, TriptychError
+from backend.memory.quantize import Float8Linear, fits, quantised, quantised_bytes, unavailable, widened
+from backend.text.prompts import BREAK, parse, weighted
+from backend.weights.files import Shapes
+from backend.weights.load import assign, build_on_meta, check_tensors
+from backend.weights.source import Source
+
+PRECISIONS = ("full", "int8", "nf4")
+TOKENIZER = "tokenizer_3"
+
+# The table of tokens, and its other name: some files have it under one, some under both.
+TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
+
+# The layers whose weights are quantised. `wo` never is: its features reach 10⁴ and more, and T5 casts them to
+# the dtype of its weight, which gives nonsense where that is made of integers.
+QUANTISED = frozenset({"q", "k", "v", "o", "wi", "wi_0", "wi_1"})
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def t5_available(precision: str, device: str) -> str | None:
+    """Why T5 cannot run so on a device of this type ("cpu", "cuda", "mps"); None where it can."""
+    if precision not in PRECISIONS:
+        return f"T5 can be {', '.join(PRECISIONS)}"
+    reason = unavailable(precision, device)
+    return f"{reason}; it can be full or off" if reason else None
+
+
+def load_t5(
+    source: Source, component: str, precision: str, dtype: torch.dtype, device: torch.device
+) -> T5EncoderModel:
+    """The T5 encoder of a checkpoint, computing in `dtype`, its weights whole ("full"), "int8" or "nf4".
+
+    Tensors are read one at a time straight into the form they are kept in. "full" keeps what the file has in
+    `dtype` mapped, and float8 as it is. Raises InvalidRequest for a precision that cannot be had here,
+    CheckpointError for tensors that are not just those of the network.
+    """
+    if refused := t5_available(precision, device.type):
+        raise InvalidRequest(f"t5 is {precision!r}, which cannot run here: {refused}")
+    what = f"{source.name}: {component}"
+    tensors = source.tensors(component, str(dtype).removeprefix("torch."))
+    names = {name: name for name in tensors if name != TABLE_AGAIN}
+    if TABLE_AGAIN in tensors:
+        names.setdefault(TABLE, TABLE_AGAIN)
+    settings = source.config(component)
+
+    def build() -> T5EncoderModel:
+        try:
+            return T5EncoderModel(T5Config(**{**settings, "is_decoder": False}))
+        except StrictDataclassError as error:
+            raise ValueError(error.__cause__ or error) from error
+
+    module = build_on_meta(build, what)
+    expected = {name: meta for name, meta in module.state_dict().items() if name != TABLE_AGAIN}
+    check_tensors(expected, {name: tensors[theirs] for name, theirs in names.items()}, what)
+    for name in expected:
+        _place(module, name, tensors[names[name]], precision, dtype, device)
+    module.set_input_embeddings(module.shared)
+    assert not any(weight.is_meta for weight in (*module.parameters(), *module.buffers()))
+    return module.eval()
+
+
+def _place(
+    module: nn.Module,
+    name: str,
+    tensor: Tensor,
+    precision: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    kept, layer = _dtype(name, dtype), name.removesuffix(".weight")
+    narrow = tensor.dtype in FLOAT8 and precision == "full" and device.type in ("cpu", "cuda")
+    if _is_quantised(name, tuple(tensor.shape), precision):
+        module.set_submodule(layer, quantised(tensor, precision, device))
+    elif narrow and isinstance(module.get_submodule(layer), nn.Linear):
+        module.set_submodule(layer, Float8Linear(tensor.to(device), kept))
+    else:
+        assign(module, name, nn.Parameter(widened(tensor.to(device), kept), requires_grad=False))
+
+
+def _is_quantised(name: str, shape: tuple[int, ...], precision: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in QUANTISED and fits(precision, shape)
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight is kept in that is not quantised: in float16 the network's own class keeps some wider."""
+    wide = set(T5EncoderModel._keep_in_fp32_modules or ()) & set(name.split("."))
+    return torch.float32 if wide and dtype == torch.float16 else dtype
+
+
+def t5_bytes(shapes: Shapes, config: Mapping[str, Any], precision: str, dtype: torch.dtype) -> int:
+    """The size of the encoder's weights as they run, from the shapes of its tensors; nothing is loaded."""
+    total = 0
+    for name, shape in shapes.items():
+        if name == TABLE_AGAIN and TABLE in shapes:
+            continue
+        if _is_quantised(name, shape, precision):
+            total += quantised_bytes(precision, shape)
+        else:
+            total += math.prod(shape) * _dtype(name, dtype).itemsize
+    return total
+
+
+def t5_work(config: Mapping[str, Any], batch: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes of activations while `batch` prompts of `length` tokens are read."""
+    settings = T5Config(**config)
+    tokens, item = batch * length, dtype.itemsize
+    inner = settings.num_heads * settings.d_kv
+    scores = batch * settings.num_heads * length**2
+    attention = tokens * (2 * settings.d_model + 5 * inner) * item + scores * (item + 4)
+    feed_forward = tokens * (3 * settings.d_model + 5 * settings.d_ff) * item
+    weight = settings.d_model * settings.d_ff * max(item, 2)  # a quantised one, widened
+    return max(attention, feed_forward) + weight
+
+
+def load_t5_tokenizer(source: Source, component: str = TOKENIZER) -> PreTrainedTokenizerFast:
+    """The T5 tokenizer of a checkpoint. Raises CheckpointError where it is missing or damaged."""
+    folder = source.tokenizer(component)
+    try:
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust reader raises no narrower one for damaged files
+        raise CheckpointError(f"{source.name}: the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def t5_length(source: Source, wanted: int) -> int:
+    """How many tokens of a prompt are read: `wanted`, or as many as the checkpoint's tokenizer states."""
+    try:
+        settings = json.loads((source.tokenizer(TOKENIZER) / "tokenizer_config.json").read_text("utf-8"))
+        stated = settings.get("model_max_length")
+    except (TriptychError, OSError, ValueError, AttributeError):  # not there yet, or loading it will tell
+        return wanted
+    return min(wanted, stated) if isinstance(stated, int) and stated > 0 else wanted
+
+
+@torch.no_grad()
+def encode_t5(
+    encoder: T5EncoderModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    length: int,
+    *,
+    raw: bool,
+) -> Tensor:
+    """Prompts → features (B, L, D), L being `length`: what is longer is cut, what is shorter is padded.
+
+    The padding is read too, as in the published pipeline. `raw` takes each prompt as plain text; else weights
+    in brackets scale the features of their tokens. Raises CheckpointError for a tokenizer of another encoder.
+    """
+    rows = [_tokens(tokenizer, prompt, length, raw=raw) for prompt in prompts]
+    ids = torch.tensor([numbers for numbers, _ in rows], device=encoder.device)
+    if ids.max() >= encoder.config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer does not belong to the text encoder: it gives token {int(ids.max())}, "
+            f"and the encoder knows {encoder.config.vocab_size}"
+        )
+    features = encoder(input_ids=ids).last_hidden_state
+    return weighted(features, torch.tensor([weights for _, weights in rows], device=features.device))
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, length: int, *, raw: bool
+) -> tuple[list[int], list[float]]:
+    """The ids and weights of `length` tokens.
+
+    Brackets are taken out before the text is cut into tokens, so that they never change where it is cut; a
+    token weighs what its last character does.
+    """
+    runs = [(prompt, 1.0)] if raw else [(" ", 1.0) if run == BREAK else run for run in parse(prompt)]
+    text = "".join(text for text, _ in runs)
+    weight_at = [weight for text, weight in runs for _ in text]
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, spans = read["input_ids"][: length - 1], read["offset_mapping"][: length - 1]
+    weights = [weight_at[stop - 1] if stop else 1.0 for _, stop in spans]
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(end, int)
+    assert isinstance(pad, int)
+    filled = length - len(ids) - 1
+    return [*ids, end, *[pad] * filled], [*weights, *[1.0] * (filled + 1)]
