@@ -197,7 +197,7 @@ class StableCascadeRequest(Request):
 
 
 REQUESTS: dict[str, type[Request]] = {
-    request.family: request for request in (SD15Request, StableCascadeRequest)
+    request.family: request for request in (SD15Request, SD3Request, StableCascadeRequest)
 }
 
 
