@@ -13,17 +13,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from backend.sampling.catalog import SAMPLER_INFO
+from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
 from backend.version import VERSION
 
 NEGATIVE = "Negative prompt:"
 EXACT_PROMPT, EXACT_NEGATIVE = "Exact prompt", "Exact negative prompt"
 WUERSTCHEN = "DDPM Wuerstchen"  # Stable Cascade's only sampler
 KEY = re.compile(r"\s*(\w[\w \-/]+):\s*")
+TOKENS = 256  # that T5 reads unless told otherwise
+SKIP_LAYERS = {  # a field of the text → of the request
+    "Skip layer guidance": "skip_layer_guidance_scale",
+    "Skip layer start": "skip_layer_guidance_start",
+    "Skip layer stop": "skip_layer_guidance_stop",
+}
 FEWEST_FIELDS = 3  # a last line with fewer belongs to the prompt
 
 
@@ -70,7 +76,7 @@ def parse(text: str) -> Infotext:
 
 def describe(settings: Mapping[str, Any], seed: int) -> str:
     """The text of one picture, from a result's settings and the picture's own seed."""
-    family = _cascade if "prior_steps" in settings else _single_stage
+    family = _cascade if "prior_steps" in settings else _flow if "t5" in settings else _single_stage
     steps, further = family(settings)
     return write(
         settings["prompt"],
@@ -91,13 +97,30 @@ def describe(settings: Mapping[str, Any], seed: int) -> str:
 Fields = dict[str, Any]
 
 
-def _single_stage(settings: Mapping[str, Any]) -> tuple[Fields, Fields]:
-    sampler = SAMPLER_INFO.get(settings["sampler"])
+def _single_stage(
+    settings: Mapping[str, Any], samplers: Mapping[str, SamplerInfo] = SAMPLER_INFO
+) -> tuple[Fields, Fields]:
+    sampler = samplers.get(settings["sampler"])
     return {
         "Steps": settings["steps"],
         "Sampler": sampler.label if sampler else settings["sampler"],
         "CFG scale": settings["guidance_scale"],
     }, {}
+
+
+def _flow(settings: Mapping[str, Any]) -> tuple[Fields, Fields]:
+    """Stable Diffusion 3. Of T5 is told how it ran: "auto" would run otherwise on another machine."""
+    steps, _ = _single_stage(settings, FLOW_SAMPLER_INFO)
+    tokens, layers = settings["max_sequence_length"], settings["skip_guidance_layers"]
+    further = {
+        "Shift": settings["shift"],
+        "T5": settings["ran"]["t5"],
+        "Max sequence length": tokens if tokens != TOKENS else None,
+    }
+    if settings["skip_layer_guidance_scale"]:
+        further |= {key: settings[name] for key, name in SKIP_LAYERS.items()}
+        further["Skip layers"] = ", ".join(map(str, layers)) if layers is not None else None
+    return steps, further
 
 
 def _cascade(settings: Mapping[str, Any]) -> tuple[Fields, Fields]:
@@ -124,7 +147,7 @@ def restore(text: str) -> dict[str, Any]:
     info = parse(text)
     fields = info.fields
     width, _, height = fields.get("Size", "").partition("x")
-    cascade = "Decoder steps" in fields
+    cascade, flow = "Decoder steps" in fields, "T5" in fields
     steps, guidance = ("prior_steps", "prior_guidance_scale") if cascade else ("steps", "guidance_scale")
     told: dict[str, Any] = {
         "prompt": info.prompt,
@@ -140,11 +163,20 @@ def restore(text: str) -> dict[str, Any]:
         told |= {
             "decoder_steps": _number(int, fields.get("Decoder steps")),
             "decoder_guidance_scale": _number(float, fields.get("Decoder CFG scale")),
-            "stage_c": _stage(fields.get("Stage C")),
-            "stage_b": _stage(fields.get("Stage B")),
+            "stage_c": _one_of(("full", "lite"), fields.get("Stage C")),
+            "stage_b": _one_of(("full", "lite"), fields.get("Stage B")),
         }
     else:
-        told["sampler"] = _sampler(fields.get("Sampler", ""), fields.get("Schedule type", ""))
+        samplers = FLOW_SAMPLER_INFO if flow else SAMPLER_INFO
+        told["sampler"] = _sampler(samplers, fields.get("Sampler", ""), fields.get("Schedule type", ""))
+    if flow:
+        told |= {
+            "shift": _number(float, fields.get("Shift")),
+            "t5": _one_of(("full", "int8", "nf4", "off"), fields.get("T5")),
+            "max_sequence_length": _number(int, fields.get("Max sequence length")),
+            **{name: _number(float, fields.get(key)) for key, name in SKIP_LAYERS.items()},
+            "skip_guidance_layers": _layers(fields.get("Skip layers")),
+        }
     if clip_skip := _number(int, fields.get("Clip skip")):
         told["clip_skip"] = clip_skip - 1
     model = fields.get("Model", "")
@@ -204,16 +236,21 @@ def _model_name(checkpoint: str) -> str:
     return name.removesuffix(".safetensors").removesuffix(".ckpt")
 
 
-def _sampler(label: str, schedule: str) -> str | None:
+def _sampler(samplers: Mapping[str, SamplerInfo], label: str, schedule: str) -> str | None:
     """Newer tools write the schedule apart from the sampler's label."""
-    names = {info.label.lower(): name for name, info in SAMPLER_INFO.items()} | {
-        name: name for name in SAMPLER_INFO
-    }
+    names = {info.label.lower(): name for name, info in samplers.items()} | {name: name for name in samplers}
     return names.get(f"{label} {schedule}".strip().lower()) or names.get(label.lower())
 
 
-def _stage(told: str | None) -> str | None:
-    return told if told in ("full", "lite") else None
+def _one_of(allowed: Collection[str], told: str | None) -> str | None:
+    return told if told in allowed else None
+
+
+def _layers(told: str | None) -> tuple[int, ...] | None:
+    """The numbers of layers, "" for none of them."""
+    if told is None or not re.fullmatch(r"(\d{1,4}(, ?\d{1,4})*)?", told, re.ASCII):
+        return None
+    return tuple(int(number) for number in re.findall(r"\d+", told))
 
 
 def _number(kind: type[int] | type[float], text: str | None) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from backend.infotext import describe, parse, restore, write
-from backend.requests import SD15Request, StableCascadeRequest
+from backend.requests import SD3Request, SD15Request, StableCascadeRequest
 from backend.version import VERSION
 
 SETTINGS: dict[str, Any] = {
@@ -132,11 +132,86 @@ def test_each_family_restores_its_own_fields() -> None:
     assert not [name for name in told if name.startswith(("prior", "decoder", "stage"))]
     SD15Request(**told)
     assert not {"steps", "guidance_scale", "sampler"} & set(restore(describe(CASCADE, 7)))
+    assert not {"t5", "shift", "max_sequence_length", "skip_guidance_layers"} & set(told)
+    for text in ("T5", "Shift", "T5: full"):  # a prompt and a model's name are no fields
+        told = restore(describe({**SETTINGS, "prompt": text, "checkpoint": f"me/{text}"}, 7))
+        assert "t5" not in told
+        SD15Request(**told)
 
 
 def test_damaged_cascade_texts() -> None:
     text = "a\nSteps: 20, Seed: 1, Decoder steps: many, Decoder CFG scale: nan, Stage C: medium"
     assert restore(text) == {"prompt": "a", "negative_prompt": "", "prior_steps": 20, "seed": 1}
+
+
+SD3: dict[str, Any] = {
+    "prompt": "a red house",
+    "negative_prompt": "night",
+    "steps": 28,
+    "guidance_scale": 7.0,
+    "sampler": "dpmpp_2m",
+    "shift": 3.0,
+    "t5": "auto",
+    "max_sequence_length": 256,
+    "skip_layer_guidance_scale": 0.0,
+    "skip_layer_guidance_start": 0.01,
+    "skip_layer_guidance_stop": 0.2,
+    "skip_guidance_layers": None,
+    "ran": {"t5": "int8"},
+    "width": 1024,
+    "height": 1536,
+    "checkpoint": "sd3-medium",
+    "raw_prompt": False,
+    "clip_skip": 0,
+}
+
+
+def test_sd3_in_the_widely_used_form() -> None:
+    assert describe(SD3, 7) == (
+        "a red house\n"
+        "Negative prompt: night\n"
+        "Steps: 28, Sampler: DPM++ 2M, CFG scale: 7, Seed: 7, Size: 1024x1536, Model: sd3-medium,"
+        f" Shift: 3, T5: int8, Version: Triptych {VERSION}"
+    )
+    further = {"max_sequence_length": 512, "skip_layer_guidance_scale": 2.8, "skip_guidance_layers": (7, 8)}
+    assert (
+        "Shift: 3, T5: int8, Max sequence length: 512, Skip layer guidance: 2.8, Skip layer start: 0.01,"
+        ' Skip layer stop: 0.2, Skip layers: "7, 8", Version: '
+    ) in describe({**SD3, **further}, 7)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"shift": 2.75, "max_sequence_length": 77, "ran": {"t5": "off"}, "sampler": "heun"},
+        {"skip_layer_guidance_scale": 2.8},
+        {"skip_layer_guidance_scale": 2.8, "skip_layer_guidance_stop": 0.5, "skip_guidance_layers": (7, 9)},
+        {"skip_layer_guidance_scale": 1.0, "skip_guidance_layers": (4,)},
+        {"skip_layer_guidance_scale": 1.0, "skip_guidance_layers": ()},
+        {"prompt": "T5: off, Shift: 9, Steps: 9", "clip_skip": 1, "raw_prompt": True},
+    ],
+    ids=str,
+)
+def test_restore_is_the_way_back_for_sd3(changed: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {**SD3, "checkpoint": "someone/some-sd3", **changed}
+    told = restore(describe(settings, 7))
+    again = SD3Request(**told)  # every value can be asked for
+    wanted = {**settings, "t5": settings["ran"]["t5"], "seed": 7}
+    assert {name: getattr(again, name) for name in wanted if name != "ran"} == {
+        name: value for name, value in wanted.items() if name != "ran"
+    }
+    if not settings["skip_layer_guidance_scale"]:
+        assert not [name for name in told if name.startswith("skip")]
+
+
+def test_damaged_sd3_texts() -> None:
+    text = (
+        "a\nSteps: 20, Sampler: LCM, Seed: 1, T5: huge, Shift: inf, Max sequence length: long,"
+        ' Skip layer guidance: nan, Skip layers: "7, eight"'
+    )
+    assert restore(text) == {"prompt": "a", "negative_prompt": "", "steps": 20, "seed": 1}
+    assert "skip_guidance_layers" not in restore(text.replace("eight", "9" * 9999))
 
 
 TEXTS = [
