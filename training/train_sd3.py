@@ -88,7 +88,7 @@ DEFAULTS = {"steps": 24, "guidance_scale": 3.0, "sampler": "euler", "width": 128
 
 VAE_RECIPE = Recipe(steps=6000, learning_rate=2.5e-3, average=0.997, seed=SEED)
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
-DECODER_RECIPE = Recipe(steps=12_000, learning_rate=1.5e-3, average=0.997, seed=SEED + 1)
+DECODER_RECIPE = Recipe(steps=9500, learning_rate=1.5e-3, average=0.997, seed=SEED + 1)
 MMDIT_RECIPE = Recipe(steps=7500, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
 BATCH = 64
 TIED = "encoder.embed_tokens.weight"  # T5's embedding by its other name
