@@ -329,8 +329,8 @@ def sd3_folder(
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
-    text_config = {**clip, "hidden_act": "quick_gelu", "projection_dim": 64, **(text or {})}
-    text_config_2 = {**clip, "hidden_act": "gelu", "projection_dim": 32, **(text_2 or {})}
+    text_config: dict[str, Any] = {**clip, "hidden_act": "quick_gelu", "projection_dim": 64, **(text or {})}
+    text_config_2: dict[str, Any] = {**clip, "hidden_act": "gelu", "projection_dim": 32, **(text_2 or {})}
     pooled = text_config["projection_dim"] + text_config_2["projection_dim"]
     transformer_config: dict[str, Any] = {
         "sample_size": 16,
@@ -358,12 +358,13 @@ def sd3_folder(
         "use_post_quant_conv": False,
         **(vae or {}),
     }
+    scheduler_config: dict[str, Any] = {"shift": 3.0, **(scheduler or {})}
     clip_l = unlike_at_start(CLIPTextModelWithProjection(CLIPTextConfig(**text_config)))
     if text_config["projection_dim"] == text_config["hidden_size"]:
         nn.init.eye_(clip_l.text_projection.weight)
     parts: dict[str, Any] = {
         "transformer": unlike_at_start(SD3Transformer2DModel(**transformer_config)),
-        "scheduler": FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **(scheduler or {})}),
+        "scheduler": FlowMatchEulerDiscreteScheduler(**scheduler_config),
         "vae": unlike_at_start(AutoencoderKL(**vae_config)),
         "text_encoder": clip_l,
         "tokenizer": tokenizer,

@@ -128,6 +128,12 @@ def check(component: str, config: Mapping[str, Any]) -> None:
     kind, due = config.get("_class_name"), CLASSES.get(component)
     if due is not None and kind not in (None, due):
         raise CheckpointError(f"{component} is a {kind}; it can be a {due}")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{component} was quantised beforehand ({method}), which cannot be read; take it in float32, "
+            "bfloat16 or float16"
+        )
     channels, out = config.get("in_channels"), config.get("out_channels") or 16
     if component == "transformer" and channels is not None and channels != out:
         raise CheckpointError(

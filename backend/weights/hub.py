@@ -13,14 +13,18 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from backend.errors import AccessError, CheckpointError, InvalidRequest
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
 SMALL = 16 * 2**20  # bytes: files up to here are not worth resuming
 INTERVAL = 0.2  # seconds between two reports of progress
 ATTEMPTS = 5  # in a row without a byte
+TOKEN = "a token in the environment variable HF_TOKEN, or by `hf auth login`"
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 
@@ -124,31 +128,24 @@ class Repository:
         if self.offline or constants.HF_HUB_OFFLINE:
             what = f"{self.name}: {file}" if file else self.name
             raise AccessError(f"{what} is not downloaded, and downloads are off (--offline)")
-        token = "a token in the environment variable HF_TOKEN, or by `hf auth login`"
         try:
             yield
         except errors.GatedRepoError as error:
-            raise AccessError(
-                f"{self.name} is gated: visit {self.page}, accept its licence there, and give {token} "
-                "that may read gated repositories"
-            ) from error
+            raise self._gated(error) from error
         except errors.RepositoryNotFoundError as error:
             raise AccessError(
-                f"{self.name} does not exist on {_endpoint()}, or is private; check its name, or give {token}"
+                f"{self.name} does not exist on {_endpoint()}, or is private; check its name, or give {TOKEN}"
             ) from error
         except errors.RevisionNotFoundError as error:
             raise AccessError(f"{self.name} has no revision {self.revision}; see {self.page}") from error
         except errors.EntryNotFoundError as error:
             if isinstance(error, errors.LocalEntryNotFoundError):
-                raise self._unreachable(error) from error
+                cause = error.__cause__  # the library takes some refusals for a lost connection
+                refused = isinstance(cause, errors.HfHubHTTPError)
+                raise (self._refused(cause) if refused else self._unreachable(error)) from error
             raise AccessError(f"{self.name} has no file {file}; see {self.page}") from error
         except errors.HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403):
-                raise AccessError(
-                    f"{self.page} refused ({status}): give {token}, or check the one given"
-                ) from error
-            raise AccessError(f"{_endpoint()} answered {status} for {self.name}; try again later") from error
+            raise self._refused(error) from error
         except (httpx2.HTTPError, errors.OfflineModeIsEnabled) as error:
             raise self._unreachable(error) from error
         except errors.HFValidationError as error:
@@ -157,6 +154,29 @@ class Repository:
             raise CheckpointError(
                 f"{self.name} cannot be kept in {self._root()}: {error.strerror or error}"
             ) from error
+
+    def _gated(self, error: GatedRepoError) -> AccessError:
+        from huggingface_hub import get_token
+
+        if error.response.status_code == 403 and get_token() is not None:
+            return AccessError(
+                f"{self.name} is gated, and the token given may not read it: visit {self.page}, accept its "
+                "licence there with the account that the token is of, and if it is a fine-grained token, "
+                "allow it to read gated repositories"
+            )
+        return AccessError(
+            f"{self.name} is gated: visit {self.page}, accept its licence there, and give {TOKEN} "
+            "that may read gated repositories"
+        )
+
+    def _refused(self, error: HfHubHTTPError) -> AccessError:
+        status, said = error.response.status_code, error.server_message
+        if status in (401, 403):
+            return AccessError(
+                f"{self.page} refused ({status}): give {TOKEN}, or check what the one given may read"
+                f"{f'; it says: {said}' if said else ''}"
+            )
+        return AccessError(f"{_endpoint()} answered {status} for {self.name}; try again later")
 
     def _unreachable(self, error: Exception) -> AccessError:
         return AccessError(

@@ -87,6 +87,9 @@ class HubSource(Source):
             "checkpoint", [*(name for name in configs if name in listing), INDEX], listing
         )
         self._here()  # refuses a checkpoint of another family before its weights are downloaded
+        required = self._keys.REQUIRED
+        optional = [name for name in self._keys.COMPONENTS if name not in required and not self.has(name)]
+        components = [name for name in components if name not in optional]  # which the index has told
         for component in self._missing(components, dtype, weights):
             yield from self._fetch(component, dtype, listing, weights)
 

@@ -13,12 +13,15 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
 )
 
 from backend import catalog
 from backend.cascade import unet as stages
 from backend.cascade.stage_a import StageA, StageAConfig
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
+from backend.sd3.mmdit import MMDiT, MMDiTConfig
 from backend.sd15 import unet
 from backend.weights.base import keys_of
 
@@ -36,6 +39,9 @@ def test_names_are_found_in_their_own_family_alone() -> None:
     assert entry.repositories == ("stable-diffusion-v1-5/stable-diffusion-v1-5",)
     assert catalog.entry("sd3", "sd15") is None
     assert catalog.entry("sd15", "nothing") is None
+    entry = catalog.entry("sd3", "stabilityai/stable-diffusion-3.5-large-turbo")
+    assert entry is not None
+    assert entry.name == "sd3.5-large-turbo"
     for name in ("stable-cascade", "stabilityai/stable-cascade", "stabilityai/stable-cascade-prior"):
         entry = catalog.entry("stable_cascade", name)
         assert entry is not None
@@ -57,6 +63,11 @@ def test_names_are_found_in_their_own_family_alone() -> None:
             "text_encoder",
             lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
         ),
+        ("sd3", "transformer", lambda config: MMDiT(MMDiTConfig.from_dict(config))),
+        ("sd3", "vae", lambda config: Autoencoder(AutoencoderConfig.from_dict(config))),
+        ("sd3", "text_encoder", lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config))),
+        ("sd3", "text_encoder_2", lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config))),
+        ("sd3", "text_encoder_3", lambda config: T5EncoderModel(T5Config(**config))),
         (
             "stable_cascade",
             "image_encoder",
@@ -65,17 +76,19 @@ def test_names_are_found_in_their_own_family_alone() -> None:
     ],
 )
 def test_published_sizes_are_those_of_the_published_configs(family: str, name: str, build: Any) -> None:
-    with torch.device("meta"):
-        network = build(keys_of(family).PUBLISHED[name])
-    size = catalog.published(family).parameters[name]
-    digits = len(str(size).partition(".")[2])
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, digits) == size
+    for entry in catalog.entries(family)[1:]:
+        with torch.device("meta"):
+            network = build({**keys_of(family).PUBLISHED[name], **entry.configs.get(name, {})})
+        size = entry.parameters[name]
+        digits = len(str(size).partition(".")[2])
+        kept = [*network.parameters(), *network.buffers()]
+        assert round(sum(t.numel() for t in kept if t.is_floating_point()) / 1e6, digits) == size
 
 
 def test_catalogue_and_sources_need_no_torch() -> None:
     code = (
-        "import sys, backend.catalog, backend.weights.source, backend.sd15.keys, backend.cascade.keys;"
-        "import backend.cascade.defaults;"
+        "import sys, backend.catalog, backend.weights.source;"
+        "import backend.sd15.keys, backend.sd3.keys, backend.cascade.keys, backend.cascade.defaults;"
         "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -20,12 +20,20 @@ from safetensors.torch import load_file, save_file
 from backend.cascade import keys as cascade_keys
 from backend.errors import AccessError, CheckpointError, InvalidRequest
 from backend.events import Loading
+from backend.sd3 import keys as sd3_keys
 from backend.sd15 import keys
 from backend.settings import Settings
 from backend.text.encoders import load_tokenizer
 from backend.weights import hub
 from backend.weights.source import Source, resolve
-from tests.checkpoints import cascade_folder, cascade_single_files, sd15_folder, sd15_single_file
+from tests.checkpoints import (
+    cascade_folder,
+    cascade_single_files,
+    sd3_folder,
+    sd3_single_file,
+    sd15_folder,
+    sd15_single_file,
+)
 
 NETWORKS = keys.COMPONENTS
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -42,6 +50,8 @@ class Hub(ThreadingHTTPServer):
         self.folders: dict[str, Path] = {}
         self.refusals: dict[str, tuple[int, str]] = {}
         self.token: str | None = None  # the one that lifts the refusals
+        self.listed = False  # whether refused repositories tell what they hold, as gated ones do
+        self.message = "no"
         self.break_after: int | None = None  # bytes of a body, once
         self.corrupt = False
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
@@ -76,8 +86,9 @@ class Handler(BaseHTTPRequestHandler):
         owner, name, *rest = path.removeprefix("api/models/").split("/")
         repository = f"{owner}/{name}"
         status, code = self.hub.refusals.get(repository, (0, ""))
-        if status and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            return self.send(status, {"X-Error-Code": code, "X-Error-Message": "no"})
+        refused = status and not (listing and self.hub.listed)
+        if refused and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.send(status, {"X-Error-Code": code, "X-Error-Message": self.hub.message})
         folder = self.hub.folders.get(repository)
         if folder is None:
             return self.send(404, {"X-Error-Code": "RepoNotFound"})
@@ -528,3 +539,214 @@ def test_a_half_of_another_family_is_refused_before_its_weights_are_downloaded(
     ):
         list(cascade(tmp_path, "owner/tiny").fetch(["prior", "vqgan"], "float32"))
     assert weights(cascade_hub) == set()
+
+
+# --- gated releases, and large encoders in shards ----------------------------------------------------------
+
+GATED = "stabilityai/stable-diffusion-3-medium-diffusers"
+SHARDS = tuple(f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+WITHOUT_T5 = sd3_keys.REQUIRED
+
+
+@pytest.fixture(scope="module")
+def sd3_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 3: T5 in two shards, the CLIP models also in float16, as published."""
+    folder = sd3_folder(tmp_path_factory.mktemp("sd3") / "tiny")
+    whole = folder / "text_encoder_3/model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(sorted(tensors))}
+    for shard in SHARDS:
+        part = {name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}
+        save_file(part, whole.with_name(shard))
+    index = {"metadata": {}, "weight_map": weight_map}
+    whole.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    for encoder in ("text_encoder", "text_encoder_2"):
+        half = {
+            name: tensor.half() for name, tensor in load_file(folder / encoder / "model.safetensors").items()
+        }
+        save_file(half, folder / encoder / "model.fp16.safetensors")
+    return folder
+
+
+@pytest.fixture
+def gated(server: Hub, sd3_files: Path) -> Hub:
+    """Its repository shows what it holds to everybody, and gives it to those with the token."""
+    server.folders[GATED] = sd3_files
+    server.refusals[GATED] = (401, "GatedRepo")
+    server.listed = True
+    server.token = "hf_secret"
+    return server
+
+
+@pytest.fixture
+def opened(gated: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    return gated
+
+
+def sd3(tmp_path: Path, checkpoint: str = "sd3-medium", config_from: str | None = None) -> Source:
+    settings = Settings(home=tmp_path, models_dir=tmp_path / "models")
+    return resolve(checkpoint, "sd3", settings, config_from)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("status", [401, 403])
+def test_without_access_the_error_says_what_to_do(
+    gated: Hub, tmp_path: Path, listed: bool, status: int
+) -> None:
+    gated.refusals[GATED] = (status, "GatedRepo")
+    gated.listed = listed
+    with pytest.raises(AccessError) as refused:
+        list(sd3(tmp_path).fetch(WITHOUT_T5, "float32"))
+    assert str(refused.value) == (
+        f"{GATED} is gated: visit {gated.url}/{GATED}, accept its licence there, and give a token in the "
+        "environment variable HF_TOKEN, or by `hf auth login` that may read gated repositories"
+    )
+    assert weights(gated) == set()
+
+
+MESSAGE = "Please enable access to public gated repositories in your fine-grained token settings"
+LACKING = (
+    "is gated, and the token given may not read it: visit .*, accept its licence there with the account that "
+    "the token is of, and if it is a fine-grained token, allow it to read gated repositories$"
+)
+REFUSED = rf"refused \(403\): give a token in .*, or check what the one given may read; it says: {MESSAGE}$"
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(("code", "told"), [("GatedRepo", LACKING), ("", REFUSED)])
+def test_a_token_that_lacks_permission(
+    gated: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str, listed: bool
+) -> None:
+    gated.refusals[GATED] = (403, code)
+    gated.listed = listed
+    gated.message = MESSAGE
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    with pytest.raises(AccessError, match=told):
+        list(sd3(tmp_path).fetch(WITHOUT_T5, "float32"))
+
+
+def test_a_permission_that_ends_at_the_weights(opened: Hub, tmp_path: Path) -> None:
+    """Large files go another way than small ones; what is refused is told alike."""
+    first = sd3(tmp_path)
+    list(first.fetch(WITHOUT_T5, "float32", weights=False))
+    opened.token = "hf_renewed"
+    opened.refusals[GATED] = (403, "")
+    with pytest.raises(AccessError, match=r"refused \(403\): give a token"):
+        list(sd3(tmp_path).fetch(["transformer"], "float32"))
+    assert weights(opened) == set()
+
+
+def test_with_a_token_it_is_downloaded_and_t5_only_when_it_is_to_run(
+    opened: Hub, sd3_files: Path, tmp_path: Path
+) -> None:
+    events = list(sd3(tmp_path).fetch(WITHOUT_T5, "float32"))
+    assert {event.component for event in events} == {
+        *WITHOUT_T5, "checkpoint", "tokenizer", "tokenizer_2", "scheduler",
+    }  # fmt: skip
+    assert weights(opened) == {*WITHOUT_T5}
+    seen, local = sd3(tmp_path), resolve(str(sd3_files), "sd3", Settings(home=tmp_path))
+    assert seen.present([*WITHOUT_T5, "tokenizer", "tokenizer_2", "scheduler"], "float32")
+    assert seen.has("text_encoder_3")  # which is there to be downloaded
+    assert not seen.present(["text_encoder_3"], "float32")
+    assert seen.config("text_encoder_3")["d_model"] == 160  # small files come for all
+    assert seen.parameter_bytes("text_encoder_3", "float16") == 2 * 4_762_300_000  # as published
+
+    events = [event for event in seen.fetch(sd3_keys.COMPONENTS, "float32") if event.action == "download"]
+    size = sum((sd3_files / "text_encoder_3" / shard).stat().st_size for shard in SHARDS)
+    progress = [event.done_bytes for event in events if event.total_bytes == size]
+    assert progress == sorted(progress)
+    assert progress[-1] == size
+    assert {event.component for event in events} == {"checkpoint", "text_encoder_3", "tokenizer_3"}
+    for name in sd3_keys.COMPONENTS:
+        ours, theirs = seen.tensors(name, "float32"), local.tensors(name, "float32")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert seen.parameter_bytes(name, "float16") == local.parameter_bytes(name, "float16")
+    assert seen.tokenizer("tokenizer_3").name == "tokenizer_3"
+    opened.requests.clear()
+    assert list(sd3(tmp_path).fetch(sd3_keys.COMPONENTS, "float32")) == []
+    assert opened.requests == []
+
+
+def test_a_shard_that_was_broken_off_is_resumed(opened: Hub, sd3_files: Path, tmp_path: Path) -> None:
+    size = sum((sd3_files / "text_encoder_3" / shard).stat().st_size for shard in SHARDS)
+    first = (sd3_files / "text_encoder_3" / SHARDS[0]).stat().st_size
+    stopped = sd3(tmp_path).fetch(["text_encoder_3"], "float32")
+    assert isinstance(stopped, Generator)
+    for event in stopped:
+        if event.total_bytes == size and event.done_bytes > first:
+            break
+    stopped.close()  # as the Stop button does, in the second
+    whole = sd3(tmp_path)
+    assert not whole.present(["text_encoder_3"], "float32")
+    list(whole.fetch(["text_encoder_3"], "float32"))
+    assert opened.fetched(SHARDS[0]) == ["bytes=0-"]
+    begun, resumed = opened.fetched(SHARDS[1])
+    assert begun == "bytes=0-"
+    assert resumed is not None
+    assert 0 < int(resumed.removeprefix("bytes=").rstrip("-")) < size - first
+    local = resolve(str(sd3_files), "sd3", Settings(home=tmp_path))
+    ours, theirs = whole.tensors("text_encoder_3", "float32"), local.tensors("text_encoder_3", "float32")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_clips_are_downloaded_in_float16_where_the_run_is(opened: Hub, tmp_path: Path) -> None:
+    assert list(sd3(tmp_path).fetch(["text_encoder", "text_encoder_2", "vae"], "float16"))
+    fetched = [
+        path for method, path, _ in opened.requests if method == "GET" and path.endswith("safetensors")
+    ]
+    assert sorted(Path(path).name for path in fetched) == [
+        "diffusion_pytorch_model.safetensors", "model.fp16.safetensors", "model.fp16.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_single_file_gets_the_tokenizers_that_its_encoders_need(
+    opened: Hub, sd3_files: Path, tmp_path: Path
+) -> None:
+    whole = sd3_folder(tmp_path / "whole")
+    file = sd3_single_file(tmp_path / "one.safetensors", whole, t5="float16")
+    read = sd3(tmp_path, str(file))
+    asked = {event.component for event in read.fetch(WITHOUT_T5, "float32")}
+    assert asked == {"checkpoint", "tokenizer", "tokenizer_2", "scheduler"}
+    asked = {event.component for event in read.fetch(["text_encoder_3"], "float32")}
+    assert asked == {"checkpoint", "tokenizer_3"}
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        assert [path.name for path in read.files(name, "float32")] == [
+            path.name for path in sorted((sd3_files / name).iterdir())
+        ]
+    assert weights(opened) == set()
+
+
+def test_a_single_file_without_access_says_what_it_lacks(gated: Hub, tmp_path: Path) -> None:
+    file = sd3_single_file(tmp_path / "one.safetensors", sd3_folder(tmp_path / "whole"))
+    with pytest.raises(
+        CheckpointError, match=rf"holds no tokenizer, .*set config_from to .* \({GATED} is gated"
+    ):
+        list(sd3(tmp_path, str(file)).fetch(WITHOUT_T5, "float32"))
+
+
+def test_a_bare_file_is_completed_by_a_repository(opened: Hub, sd3_files: Path, tmp_path: Path) -> None:
+    bare = sd3_single_file(tmp_path / "bare.safetensors", sd3_folder(tmp_path / "whole"), clips=False)
+    assert not sd3(tmp_path, str(bare)).has("text_encoder")
+    read = sd3(tmp_path, str(bare), config_from=GATED)
+    assert all(map(read.has, sd3_keys.COMPONENTS))
+    list(read.fetch(WITHOUT_T5, "float32"))
+    assert weights(opened) == {"text_encoder", "text_encoder_2"}  # and not the networks that the file holds
+    list(read.fetch(sd3_keys.COMPONENTS, "float32"))
+    assert weights(opened) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    local = resolve(str(sd3_files), "sd3", Settings(home=tmp_path))
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        ours, theirs = read.tensors(name, "float32"), local.tensors(name, "float32")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_repository_without_t5_shows_when_its_index_is_there(server: Hub, tmp_path: Path) -> None:
+    server.folders["owner/small"] = sd3_folder(tmp_path / "small", t5=False)
+    unseen = sd3(tmp_path, "owner/small")
+    assert unseen.has("text_encoder_3")  # as most have
+    list(unseen.fetch(sd3_keys.COMPONENTS, "float32"))
+    seen = sd3(tmp_path, "owner/small")
+    assert not seen.has("text_encoder_3")
+    assert seen.present([*WITHOUT_T5, "tokenizer", "tokenizer_2", "scheduler"], "float32")
