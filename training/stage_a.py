@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from backend.cascade.stage_a import MixingBlock, StageA
 from training.data import Postcards
 from training.loop import Losses, Recipe, fit
-from training.vae import CROPS, crops, reconstruction_loss, subject_loss
+from training.vae import CROPS, Painted, crops, likeness, reconstruction_loss, roughened, subject_loss
 
 LATENT_NOISE = 0.15  # of the latents' spread, at most: Stage B's latents will never be exact
 SHARES = 0.4
@@ -38,7 +36,8 @@ def train_stage_a(model: StageA, shown: Postcards, recipe: Recipe, checkpoint: P
         pixels = crops(shown.batch(indices), torch.from_numpy(shown.boxes)[indices], 0.65, generator)
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.encode((pixels + 1) / 2).float()
-            drawn = model.decode(roughened(latents, latents.detach().std(), generator)).float() * 2 - 1
+            rough = roughened(latents, latents.detach().std(), LATENT_NOISE, generator)
+            drawn = model.decode(rough).float() * 2 - 1
         return {"loss": reconstruction_loss(drawn, pixels), **likeness(drawn, pixels)}
 
     return fit(start(model), losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
@@ -46,7 +45,7 @@ def train_stage_a(model: StageA, shown: Postcards, recipe: Recipe, checkpoint: P
 
 def polish_decoder(
     model: StageA,
-    painted: Callable[[Tensor, torch.Generator], Tensor],
+    painted: Painted,
     shown: Postcards,
     recipe: Recipe,
     checkpoint: Path,
@@ -66,15 +65,3 @@ def polish_decoder(
     for part in (model.in_block, model.down_blocks, model.vquantizer):
         part.requires_grad_(False)
     return fit(model, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
-
-
-def roughened(latents: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents (B, 4, h, w) with up to `LATENT_NOISE` of noise, another strength for each picture."""
-    strength = LATENT_NOISE * torch.rand((len(latents), 1, 1, 1), generator=generator)
-    return latents + spread * strength * torch.randn(latents.shape, generator=generator)
-
-
-def likeness(drawn: Tensor, pixels: Tensor) -> Losses:
-    """Peak signal-to-noise ratio in dB of what is shown of `drawn`; both in [-1, 1]."""
-    squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
-    return {"psnr": 10 * torch.log10(4 / squared)}

@@ -31,7 +31,7 @@ from training.text import (
     warm_up,
     words_for,
 )
-from training.vae import encoded, train_autoencoder, train_decoder
+from training.vae import encoded, from_encoder, train_autoencoder, train_decoder
 
 SEED = 15
 PICTURES = 16_000
@@ -137,7 +137,8 @@ def trained_vae(stage: str = "vae") -> Autoencoder:
 def polish_decoder() -> None:
     """Needs the latents, and nothing needs it: it can run beside the `unet` stage."""
     vae, kept = trained_vae().train(), trained_latents()
-    train_decoder(vae, kept["latents"] / kept["scaling"], shown(), DECODER_RECIPE, CACHE / "sd15-decoder.pt")
+    raw = from_encoder(kept["latents"] / kept["scaling"])
+    train_decoder(vae, raw, shown(), DECODER_RECIPE, CACHE / "sd15-decoder.pt")
 
 
 def make_latents() -> None:

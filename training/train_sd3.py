@@ -1,11 +1,11 @@
 """Trains the Stable Diffusion 3 demo checkpoint and writes it to `assets/demo/sd3/` in hub layout.
 
 `python -m training.train_sd3` runs every stage that is not done yet, `python -m training.train_sd3 vae` one
-of them; what was interrupted resumes. Stages: vae and text; latents; decoder and mmdit; export. Those between
-two semicolons can run side by side, each on one core (`OMP_NUM_THREADS=1`); mmdit takes the most time by far.
-Under glibc, `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` saves a third of it:
-without it every large tensor is given back to the kernel and faulted in anew. Not for latents: with it, that
-stage would take 17 GB.
+of them; what was interrupted resumes. Stages: vae and text; latents; decoder and mmdit; polish; export. Those
+between two semicolons can run side by side, each on one core (`OMP_NUM_THREADS=1`); mmdit takes the most time
+by far. Under glibc, `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` saves a third of
+it: without it every large tensor is given back to the kernel and faulted in anew. Not for latents: with it,
+that stage would take 17 GB.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from backend.sd3.mmdit import MMDiT, MMDiTConfig, Modulation
 from training.data import CACHE, Postcards, box_weights, postcards
 from training.hub import DEMO, colour_fit, rounded, write_component, write_json, write_settings
 from training.loop import Losses, Recipe, Weights, averaged_weights, fit, log, run_stages
+from training.postcards import caption
 from training.text import words_for
 from training.triple_text import (
     JOINT,
@@ -30,7 +31,7 @@ from training.triple_text import (
     capitalised,
     teach_encoders,
 )
-from training.vae import encoded, train_autoencoder, train_decoder
+from training.vae import encoded, from_encoder, train_autoencoder, train_decoder
 
 SEED = 3
 PICTURES = 16_000
@@ -88,12 +89,14 @@ DEFAULTS = {"steps": 24, "guidance_scale": 3.0, "sampler": "euler", "width": 128
 
 VAE_RECIPE = Recipe(steps=6000, learning_rate=2.5e-3, average=0.997, seed=SEED)
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
-DECODER_RECIPE = Recipe(steps=9500, learning_rate=1.5e-3, average=0.997, seed=SEED + 1)
-MMDIT_RECIPE = Recipe(steps=7500, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
+DECODER_RECIPE = Recipe(steps=7500, learning_rate=1.5e-3, average=0.997, seed=SEED + 1)
+MMDIT_RECIPE = Recipe(steps=6800, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
+POLISH_RECIPE = Recipe(steps=1500, learning_rate=8e-4, average=0.995, seed=SEED + 2)
 BATCH = 64
 TIED = "encoder.embed_tokens.weight"  # T5's embedding by its other name
 CAPTION_DROPOUT, T5_DROPOUT, CLIP_DROPOUT = 0.1, 0.4, 0.1
 NOISY = 0.6  # half of the sigmas are above this
+POLISHED_FROM = 0.5  # the noisiest sigma that the decoder sees the MMDiT undo
 BOX_WEIGHT = 3.0  # how much more than the rest of the picture the subject counts
 
 
@@ -157,10 +160,10 @@ def trained_latents() -> dict[str, Any]:
     return torch.load(CACHE / "sd3-latents.pt", weights_only=True)
 
 
-def polish_decoder() -> None:
-    """Needs the latents, and nothing needs it: it can run beside the `mmdit` stage."""
+def train_decoder_longer() -> None:
+    """Needs the latents, and only `polish` needs it: it can run beside the `mmdit` stage."""
     kept = trained_latents()
-    raw = kept["latents"] / kept["scaling"] + kept["shift"]
+    raw = from_encoder(kept["latents"] / kept["scaling"] + kept["shift"])
     train_decoder(trained_vae().train(), raw, shown(), DECODER_RECIPE, CACHE / "sd3-decoder.pt")
 
 
@@ -239,6 +242,28 @@ def train_mmdit() -> None:
     )
 
 
+def polish() -> None:
+    """The decoder learns from what the MMDiT makes of pictures that are a little, or quite, noisy."""
+    kept, scenes = trained_latents(), shown().scenes
+    vae, encoders, mmdit = new_vae(), trained_encoders(), new_mmdit()
+    vae.load_state_dict(averaged("decoder") or averaged("vae") or {})
+    mmdit.eval().load_state_dict(averaged("mmdit") or {})
+
+    @torch.no_grad()
+    def painted(indices: Tensor, generator: torch.Generator) -> Tensor:
+        rng = random.Random(int(torch.randint(2**31, (), generator=generator)))
+        texts = [caption(scenes[index], rng) for index in indices.tolist()]
+        clean = kept["latents"][indices]
+        sigmas = POLISHED_FROM * torch.rand(len(clean), generator=generator)
+        noise, sigma = torch.randn(clean.shape, generator=generator), sigmas.view(-1, 1, 1, 1)
+        noisy = (1 - sigma) * clean + sigma * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = mmdit(noisy, 1000 * sigmas, *told(encoders, texts, generator)).float()
+        return (noisy - sigma * velocity) / kept["scaling"] + kept["shift"]
+
+    train_decoder(vae, painted, shown(), POLISH_RECIPE, CACHE / "sd3-polish.pt")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The checkpoint
 
@@ -263,7 +288,7 @@ def export() -> None:
     """Everything that was trained so far, and the small files around it."""
     untrained: dict[str, Any] = {"shift": 0.0, "scaling": 1.0, "rgb": torch.zeros(17, 3)}
     fitted = trained_latents() if (CACHE / "sd3-latents.pt").exists() else untrained
-    vae = averaged("decoder") or averaged("vae") or new_vae().state_dict()
+    vae = averaged("polish") or averaged("decoder") or averaged("vae") or new_vae().state_dict()
     config = VAE_CONFIG | {
         "scaling_factor": round(fitted["scaling"], 6),
         "shift_factor": round(fitted["shift"], 6),
@@ -280,8 +305,9 @@ STAGES = {
     "vae": train_vae,
     "text": train_text,
     "latents": make_latents,
-    "decoder": polish_decoder,
+    "decoder": train_decoder_longer,
     "mmdit": train_mmdit,
+    "polish": polish,
     "export": export,
 }
 

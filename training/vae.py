@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ CROP = 64
 CROPS = 8
 KL_WEIGHT = 2e-4
 LATENT_NOISE = 0.1  # of the latents' spread, at most
+Painted = Callable[[Tensor, torch.Generator], Tensor]  # indices (B,) → raw latents (B, Z, 16, 16)
 
 
 def train_autoencoder(vae: Autoencoder, shown: Postcards, recipe: Recipe, checkpoint: Path) -> Autoencoder:
@@ -34,34 +36,42 @@ def train_autoencoder(vae: Autoencoder, shown: Postcards, recipe: Recipe, checkp
             mean, log_variance = (part.float() for part in vae.encode(pixels))
             noise = torch.randn(mean.shape, generator=generator)
             drawn = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
-        likeness = reconstruction_loss(drawn, pixels)
+        unlike = reconstruction_loss(drawn, pixels)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
-        return {"loss": likeness + KL_WEIGHT * kl, "psnr": 10 * torch.log10(4 / squared), "kl": kl}
+        return {"loss": unlike + KL_WEIGHT * kl, **likeness(drawn, pixels), "kl": kl}
 
     return fit(vae, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
 
 
 def train_decoder(
-    vae: Autoencoder, latents: Tensor, shown: Postcards, recipe: Recipe, checkpoint: Path
+    vae: Autoencoder, painted: Painted, shown: Postcards, recipe: Recipe, checkpoint: Path
 ) -> Autoencoder:
-    """Polishes the decoder on a finished encoder's raw `latents` (N, Z, 16, 16), while a denoiser already
-    trains on them. A little noise on the latents makes it forgive the denoiser's small errors."""
-    spread = latents.std()
+    """Polishes the decoder on raw latents as a denoiser leaves them; the encoder stays as it is."""
 
     def losses_at(_: int, generator: torch.Generator) -> Losses:
         indices = torch.randint(len(shown), (CROPS // 4,), generator=generator)
         pixels, boxes = shown.batch(indices), torch.from_numpy(shown.boxes)[indices]
-        noise = torch.randn((len(indices), *latents.shape[1:]), generator=generator)
-        strength = LATENT_NOISE * torch.rand((len(indices), 1, 1, 1), generator=generator)
+        latents = painted(indices, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            drawn = vae.decode(latents[indices] + spread * strength * noise).float()
-        squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
-        return {"loss": subject_loss(drawn, pixels, boxes), "psnr": 10 * torch.log10(4 / squared)}
+            drawn = vae.decode(latents).float()
+        return {"loss": subject_loss(drawn, pixels, boxes), **likeness(drawn, pixels)}
 
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
     return fit(vae, losses_at, recipe, checkpoint)  # pyright: ignore[reportReturnType]
+
+
+def from_encoder(latents: Tensor) -> Painted:
+    """The encoder's raw latents (N, Z, 16, 16), a little rough: a decoder shall forgive a denoiser's small
+    errors while there is no denoiser yet."""
+    spread = latents.std()
+    return lambda indices, generator: roughened(latents[indices], spread, LATENT_NOISE, generator)
+
+
+def roughened(latents: Tensor, spread: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Latents (B, Z, h, w) with up to `most` of their spread of noise, another strength for each picture."""
+    strength = most * torch.rand((len(latents), 1, 1, 1), generator=generator)
+    return latents + spread * strength * torch.randn(latents.shape, generator=generator)
 
 
 @torch.no_grad()
@@ -113,3 +123,9 @@ def reconstruction_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
         drawn, pixels = functional.avg_pool2d(drawn, 2), functional.avg_pool2d(pixels, 2)
         loss = loss + weight * functional.l1_loss(drawn, pixels)
     return loss
+
+
+def likeness(drawn: Tensor, pixels: Tensor) -> Losses:
+    """Peak signal-to-noise ratio in dB of what is shown of `drawn`; both in [-1, 1]."""
+    squared = functional.mse_loss(drawn.detach().clamp(-1, 1), pixels)
+    return {"psnr": 10 * torch.log10(4 / squared)}
