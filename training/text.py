@@ -114,7 +114,7 @@ def text_config(
         hidden_act=activation,
         bos_token_id=ids[START],
         eos_token_id=ids[END],
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=ids[str(tokenizer.pad_token)],
     )
 
 

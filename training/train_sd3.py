@@ -15,7 +15,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.sd3.mmdit import MMDiT, MMDiTConfig, Modulation
@@ -274,14 +275,12 @@ def write_mmdit(weights: Weights) -> None:
 
 def write_encoders() -> None:
     encoders = trained_encoders() if averaged("text") else new_encoders()
-    parts: list[tuple[str, dict[str, Any], nn.Module]] = [
-        ("CLIPTextModelWithProjection", clip.config.to_diff_dict(), clip) for clip in encoders.clips
-    ]
-    parts.append(("T5EncoderModel", encoders.t5.config.to_diff_dict(), encoders.t5))
-    for number, (kind, config, model) in enumerate(parts, 1):
-        folder = FOLDER / ("text_encoder" + f"_{number}" * (number > 1))
+    for number, model in enumerate((*encoders.clips, encoders.t5), 1):
+        assert isinstance(model, PreTrainedModel)
+        config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
         weights = {name: value for name, value in model.state_dict().items() if name != TIED}
-        write_component(folder, config | {"architectures": [kind]}, weights, "model.safetensors")
+        folder = FOLDER / ("text_encoder" + f"_{number}" * (number > 1))
+        write_component(folder, config, weights, "model.safetensors")
 
 
 def export() -> None:

@@ -55,7 +55,6 @@ def t5_config(tokenizer: T5Tokenizer) -> T5Config:
         dropout_rate=0.0,
         is_encoder_decoder=False,
         use_cache=False,
-        tie_word_embeddings=False,
         pad_token_id=0,
         eos_token_id=1,
     )
