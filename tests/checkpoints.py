@@ -330,7 +330,13 @@ def sd3_folder(
         "pad_token_id": 1,
     }
     text_config: dict[str, Any] = {**clip, "hidden_act": "quick_gelu", "projection_dim": 64, **(text or {})}
-    text_config_2: dict[str, Any] = {**clip, "hidden_act": "gelu", "projection_dim": 32, **(text_2 or {})}
+    text_config_2: dict[str, Any] = {  # of another width: by that the reference tells them apart
+        **clip,
+        "hidden_size": 80,
+        "hidden_act": "gelu",
+        "projection_dim": 32,
+        **(text_2 or {}),
+    }
     pooled = text_config["projection_dim"] + text_config_2["projection_dim"]
     transformer_config: dict[str, Any] = {
         "sample_size": 16,

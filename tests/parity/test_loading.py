@@ -20,6 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from backend.cascade import unet as stages
 from backend.cascade.stage_a import StageA, StageAConfig
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
+from backend.sd3.mmdit import MMDiT, MMDiTConfig
 from backend.sd15.unet import UNet, UNetConfig
 from backend.settings import Settings
 from backend.text.encoders import (
@@ -28,9 +29,17 @@ from backend.text.encoders import (
     load_projected_clip_text,
     load_tokenizer,
 )
+from backend.text.t5 import load_t5, load_t5_tokenizer
 from backend.weights.load import load_module
 from backend.weights.source import Source, resolve
-from tests.checkpoints import cascade_folder, cascade_single_files, sd15_folder, sd15_single_file
+from tests.checkpoints import (
+    cascade_folder,
+    cascade_single_files,
+    sd3_folder,
+    sd3_single_file,
+    sd15_folder,
+    sd15_single_file,
+)
 
 CPU = torch.device("cpu")
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -141,6 +150,72 @@ def test_pickled_folders_load_as_the_reference_loads_them(tmp_path: Path) -> Non
     )
     assert all(
         torch.equal(ours["unet"].state_dict()[key], value) for key, value in reference.state_dict().items()
+    )
+
+
+SD3: dict[str, dict[str, Any]] = {
+    "3 medium": {},
+    "3.5 medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+    "3.5 large": {"qk_norm": "rms_norm", "num_layers": 4},
+}
+
+
+@pytest.fixture(scope="module", params=SD3)
+def sd3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sd3_folder(tmp_path_factory.mktemp("sd3") / "tiny", **SD3[request.param])
+
+
+def load_sd3(source: Source) -> dict[str, nn.Module]:
+    def network(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+        return load_module(build, source.tensors(name, "float32"), dtype=torch.float32, device=CPU, what=name)
+
+    return {
+        "transformer": network(
+            "transformer", lambda: MMDiT(MMDiTConfig.from_dict(source.config("transformer")))
+        ),
+        "vae": network("vae", lambda: Autoencoder(AutoencoderConfig.from_dict(source.config("vae")))),
+        "text_encoder": load_projected_clip_text(source, "text_encoder", torch.float32, CPU),
+        "text_encoder_2": load_projected_clip_text(source, "text_encoder_2", torch.float32, CPU),
+        "text_encoder_3": load_t5(source, "text_encoder_3", "full", torch.float32, CPU),
+    }
+
+
+def test_sd3s_folders_load_as_the_reference_loads_them(sd3: Path, tmp_path: Path) -> None:
+    source = resolve(str(sd3), "sd3", Settings(home=tmp_path))
+    reference = diffusers.StableDiffusion3Pipeline.from_pretrained(sd3)
+    compare(load_sd3(source), reference)
+    texts = ["a red house on green hills", "", "Unknown words: 42, x_y " * 30]
+    tokenizers = {
+        "tokenizer": load_tokenizer(source, "tokenizer"),
+        "tokenizer_2": load_tokenizer(source, "tokenizer_2"),
+        "tokenizer_3": load_t5_tokenizer(source),
+    }
+    for name, tokenizer in tokenizers.items():
+        ours = tokenizer(texts, padding="max_length", max_length=77, truncation=True)
+        theirs = getattr(reference, name)(texts, padding="max_length", max_length=77, truncation=True)
+        assert ours.input_ids == theirs.input_ids
+
+
+@pytest.mark.parametrize("t5", ["float32", "float16", "float8_e4m3fn"])
+def test_sd3s_single_files_load_as_the_reference_loads_them(sd3: Path, tmp_path: Path, t5: str) -> None:
+    file = sd3_single_file(tmp_path / "one.safetensors", sd3, t5=t5)
+    source = resolve(str(file), "sd3", Settings(home=tmp_path), config_from=str(sd3))
+    reference = diffusers.StableDiffusion3Pipeline.from_single_file(
+        file, config=str(sd3), torch_dtype=torch.float32
+    )
+    ours = load_sd3(source)
+    encoder = ours.pop("text_encoder_3")  # which may keep float8 as it is
+    compare(ours, reference)
+    kept, theirs = source.tensors("text_encoder_3", "float32"), reference.text_encoder_3.state_dict()
+    assert theirs.keys() - kept.keys() == {"encoder.embed_tokens.weight"}  # shared.weight under another name
+    assert {tensor.dtype for tensor in kept.values()} == {getattr(torch, t5)}
+    assert all(torch.equal(kept[name].float(), theirs[name]) for name in kept)
+    ids = torch.tensor(load_t5_tokenizer(source)(["a red house"]).input_ids)
+    reference.text_encoder_3.eval()  # it comes with the dropout of its training switched on
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(ids)[0], reference.text_encoder_3(ids)[0])
+    assert MMDiTConfig.from_dict(source.config("transformer")) == MMDiTConfig.from_dict(
+        reference.transformer.config
     )
 
 
