@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5To
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.memory.quantize import Float8Linear, fits, quantised, quantised_bytes, unavailable, widened
 from backend.text.prompts import BREAK, parse, weighted
-from backend.weights.files import Shapes
+from backend.weights.files import WEIGHTS, Shapes
+from backend.weights.files import precision as stored_precision
 from backend.weights.load import assign, build_on_meta, check_tensors
 from backend.weights.source import Source
 
@@ -32,6 +33,7 @@ TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 # The layers whose weights are quantised. `wo` never is: its features reach 10⁴ and more, and T5 casts them to
 # the dtype of its weight, which gives nonsense where that is made of integers.
 QUANTISED = frozenset({"q", "k", "v", "o", "wi", "wi_0", "wi_1"})
+LAYERS = QUANTISED | {"wo"}
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -48,9 +50,11 @@ def load_t5(
 ) -> T5EncoderModel:
     """The T5 encoder of a checkpoint, computing in `dtype`, its weights whole ("full"), "int8" or "nf4".
 
-    Tensors are read one at a time straight into the form they are kept in. "full" keeps what the file has in
-    `dtype` mapped, and float8 as it is. Raises InvalidRequest for a precision that cannot be had here,
-    CheckpointError for tensors that are not just those of the network.
+    Tensors are read one at a time straight into the form they are kept in; what the file has in it stays
+    mapped. Layers that a file has in float8 stay so too, unless they are quantised: T5 leaves memory when it
+    has read the prompts once, so widening them as they run costs no more than at load, and half the memory.
+    Raises InvalidRequest for a precision that cannot be had here, CheckpointError for tensors that are not
+    just those of the network.
     """
     if refused := t5_available(precision, device.type):
         raise InvalidRequest(f"t5 is {precision!r}, which cannot run here: {refused}")
@@ -86,17 +90,22 @@ def _place(
     device: torch.device,
 ) -> None:
     kept, layer = _dtype(name, dtype), name.removesuffix(".weight")
-    narrow = tensor.dtype in FLOAT8 and precision == "full" and device.type in ("cpu", "cuda")
+    narrow = tensor.dtype in FLOAT8 and _layer(name) in LAYERS and device.type in ("cpu", "cuda")
     if _is_quantised(name, tuple(tensor.shape), precision):
         module.set_submodule(layer, quantised(tensor, precision, device))
-    elif narrow and isinstance(module.get_submodule(layer), nn.Linear):
+    elif narrow:
         module.set_submodule(layer, Float8Linear(tensor.to(device), kept))
     else:
         assign(module, name, nn.Parameter(widened(tensor.to(device), kept), requires_grad=False))
 
 
 def _is_quantised(name: str, shape: tuple[int, ...], precision: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in QUANTISED and fits(precision, shape)
+    return _layer(name) in QUANTISED and fits(precision, shape)
+
+
+def _layer(name: str) -> str:
+    """encoder.block.0.layer.0.SelfAttention.q.weight → q"""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -105,8 +114,13 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if wide and dtype == torch.float16 else dtype
 
 
-def t5_bytes(shapes: Shapes, config: Mapping[str, Any], precision: str, dtype: torch.dtype) -> int:
-    """The size of the encoder's weights as they run, from the shapes of its tensors; nothing is loaded."""
+def t5_bytes(
+    shapes: Shapes, config: Mapping[str, Any], precision: str, dtype: torch.dtype, *, float8: bool = False
+) -> int:
+    """The size of the encoder's weights as they run, from the shapes of its tensors; nothing is loaded.
+
+    `float8` says that the file has them so, as `t5_is_float8` tells, and the device is none that widens them.
+    """
     total = 0
     for name, shape in shapes.items():
         if name == TABLE_AGAIN and TABLE in shapes:
@@ -114,20 +128,27 @@ def t5_bytes(shapes: Shapes, config: Mapping[str, Any], precision: str, dtype: t
         if _is_quantised(name, shape, precision):
             total += quantised_bytes(precision, shape)
         else:
-            total += math.prod(shape) * _dtype(name, dtype).itemsize
+            item = 1 if float8 and _layer(name) in LAYERS else _dtype(name, dtype).itemsize
+            total += math.prod(shape) * item
     return total
+
+
+def t5_is_float8(source: Source, component: str, dtype: torch.dtype) -> bool:
+    """Whether the files of the encoder, which must be there, keep most of their numbers in 8 bits."""
+    files = source.files(component, str(dtype).removeprefix("torch."))
+    return any(stored_precision(path).startswith("float8") for path in files if path.suffix in WEIGHTS)
 
 
 def t5_work(config: Mapping[str, Any], batch: int, length: int, dtype: torch.dtype) -> int:
     """Bytes of activations while `batch` prompts of `length` tokens are read."""
     settings = T5Config(**config)
     tokens, item = batch * length, dtype.itemsize
-    inner = settings.num_heads * settings.d_kv
-    scores = batch * settings.num_heads * length**2
-    attention = tokens * (2 * settings.d_model + 5 * inner) * item + scores * (item + 4)
-    feed_forward = tokens * (3 * settings.d_model + 5 * settings.d_ff) * item
-    weight = settings.d_model * settings.d_ff * max(item, 2)  # a quantised one, widened
-    return max(attention, feed_forward) + weight
+    width, inner = settings.d_model, settings.num_heads * settings.d_kv
+    attention = tokens * (2 * width + 5 * inner) * item
+    attention += batch * settings.num_heads * length**2 * (item + 4)
+    # int8 layers give int32, and three float32 of the same size on the way to the result
+    feed_forward = tokens * (3 * width * item + settings.d_ff * (3 * item + 24))
+    return max(attention, feed_forward) + width * settings.d_ff * item  # a weight, widened
 
 
 def load_t5_tokenizer(source: Source, component: str = TOKENIZER) -> PreTrainedTokenizerFast:
