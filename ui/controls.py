@@ -12,13 +12,18 @@ from typing import Any
 
 import gradio as gr
 
-from backend.requests import MOST_IMAGES
-from backend.sampling.catalog import SAMPLER_INFO
+from backend.requests import LEAST_TOKENS, MOST_IMAGES, MOST_TOKENS, SD3Request, SD15Request
+from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
+from ui import prices
 from ui.render import STAGE_TITLES
 
 SHAPES = {"1:1": 1.0, "3:2": 3 / 2, "2:3": 2 / 3, "16:9": 16 / 9, "9:16": 9 / 16}
 CUSTOM = "custom"
 STAGES = (("prior_", "stage_c", "composition"), ("decoder_", "stage_b", "detail"))
+SAMPLERS: dict[str, dict[str, SamplerInfo]] = {
+    SD15Request.family: SAMPLER_INFO,
+    SD3Request.family: FLOW_SAMPLER_INFO,
+}
 LEAST_SIDE, MOST_SIDE = 64, 2048  # of a picture, as a request takes it
 SIZES = [("automatic", "auto"), ("full", "full"), ("lite", "lite")]
 PRECISIONS = [
@@ -221,15 +226,65 @@ def image_prompts() -> gr.Gallery:
     )
 
 
-def sampler(default: str) -> gr.Dropdown:
-    choices = [(info.label, name) for name, info in SAMPLER_INFO.items()]
-    return gr.Dropdown(choices, value=default, label="Sampler", info=sampler_note(default), filterable=False)
+def sampler(family: str, default: str) -> dict[str, gr.components.Component]:
+    choices = [(info.label, name) for name, info in SAMPLERS[family].items()]
+    note = sampler_note(family, default)
+    return {
+        "sampler": gr.Dropdown(choices, value=default, label="Sampler", info=note, filterable=False),
+    }
 
 
-def sampler_note(name: str) -> str:
-    info = SAMPLER_INFO[name]
+def sampler_note(family: str, name: str) -> str:
+    info = SAMPLERS[family][name]
     cost = "1 pass" if info.cost == 1 else f"{info.cost:g} passes"
     return f"{info.note} {info.recommended_steps} steps recommended, {cost} through the network each."
+
+
+def t5() -> dict[str, gr.components.Component]:
+    """How T5 runs, and how much of the prompt it reads."""
+    return {
+        "t5": gr.Radio(
+            prices.CHOICES,
+            value="auto",
+            label="T5",
+            info=prices.ABOUT,
+            elem_classes="prices",
+            interactive=True,
+        ),
+        "max_sequence_length": gr.Slider(
+            LEAST_TOKENS,
+            MOST_TOKENS,
+            value=SD3Request.max_sequence_length,
+            step=1,
+            label="Prompt length for T5",
+            info="In tokens: words, or parts of them. More takes longer.",
+            buttons=[],
+        ),
+    }
+
+
+def flow(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
+    """What Stable Diffusion 3 has beside steps, guidance and sampler."""
+    return {
+        "shift": gr.Slider(
+            0.1,
+            20,
+            value=defaults["shift"],
+            step=0.1,
+            label="Shift",
+            info="Higher spends more of the steps on composition, lower on detail. Large pictures want more.",
+            buttons=[],
+        ),
+        "skip_layer_guidance_scale": gr.Slider(
+            0,
+            10,
+            value=SD3Request.skip_layer_guidance_scale,
+            step=0.1,
+            label="Skip-layer guidance",
+            info="Made for Stable Diffusion 3.5 Medium, at about 2.8, for better hands and bodies. 0 is off.",
+            buttons=[],
+        ),
+    }
 
 
 def checkpoint(names: Sequence[str]) -> gr.Dropdown:

@@ -21,6 +21,8 @@ from backend.events import Loading, Result, Step
 
 PHASES = {
     "encode": "Reading the prompt",
+    "encode_clip": "Reading the prompt (CLIP)",
+    "encode_t5": "Reading the prompt (T5)",
     "denoise": "Painting",
     "decode": "Developing",
     "stage_c": "Stage C: composing",
@@ -32,6 +34,9 @@ STAGE_TITLES = {
     "stage_b": "Stage B: detail",
     "stage_a": "Stage A: pixels",
 }
+# In the plan; components bear the checkpoint's folder names, and nobody knows T5 by its.
+PLAN_TITLES = STAGE_TITLES | {"encode_clip": "encode, CLIP", "encode_t5": "encode, T5"}
+PARTS = {"text_encoder_3": "text_encoder_3 (T5)"}
 COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 BUSY, IDLE = 'data-state="busy"', 'data-state="idle"'  # of the progress line, and of the canvas
 QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
@@ -117,7 +122,7 @@ def loading(event: Loading) -> str:
     verb = "Downloading" if event.action == "download" else "Loading"
     share = event.done_bytes / event.total_bytes if event.total_bytes else None
     of = f" of {size(event.total_bytes)}" if event.total_bytes else ""
-    text = f"{verb} {escape(event.component)} <span>{size(event.done_bytes)}{of}</span>"
+    text = f"{verb} {escape(_part(event.component))} <span>{size(event.done_bytes)}{of}</span>"
     return _status("busy", _bar(share) + f"<p>{text}</p>")
 
 
@@ -203,14 +208,18 @@ def no_plan(text: str) -> str:
 def _phase(phase: Mapping[str, Any]) -> str:
     parts = "<br>".join(_component(part) for part in phase["components"])
     phase_name: str = phase["name"]
-    name = escape(STAGE_TITLES.get(phase_name, phase_name.replace("_", " ")))
+    name = escape(PLAN_TITLES.get(phase_name, phase_name.replace("_", " ")))
     peak = size(phase["peak_bytes"])
     return f'<tr><th scope="row">{name}</th><td>{parts}</td><td>{peak}</td></tr>'
 
 
 def _component(part: Mapping[str, Any]) -> str:
     how = escape(f"{part['precision']}, {part['placement']}")
-    return f"<b>{escape(part['name'])}</b> {size(part['bytes'])}, {how}"
+    return f"<b>{escape(_part(part['name']))}</b> {size(part['bytes'])}, {how}"
+
+
+def _part(name: str) -> str:
+    return PARTS.get(name, name)
 
 
 # ---- the checkpoint
@@ -234,13 +243,17 @@ def vocabulary(words: Mapping[str, Sequence[str]], full: CatalogueEntry) -> str:
         f" and nothing else. For any other picture choose <b>{escape(full.name)}</b>, or a checkpoint of your"
         " own, under <b>Advanced</b>.</p>"
         f"<details><summary>The words it knows</summary><dl>{rows}</dl></details>"
-        f'<p class="terms">Terms of {escape(full.title)}: {escape(full.licence)}.</p></div>'
+        f'<p class="terms">Terms of {escape(full.title)}: {escape(full.licence)}.{_link(full.url)}</p></div>'
     )
 
 
-def licence(title: str, text: str) -> str:
+def licence(title: str, text: str, page: str | None) -> str:
     terms = f"Licence of its weights: {escape(text)}." if text else "Licence unknown: see where it came from."
-    return f'<div class="note"><p><b>{escape(title)}</b>. {terms}</p></div>'
+    return f'<div class="note"><p><b>{escape(title)}</b>. {terms}{_link(page)}</p></div>'
+
+
+def _link(page: str | None) -> str:
+    return f' <a href="{escape(page)}" target="_blank" rel="noopener">Visit its page</a>' if page else ""
 
 
 def problem(text: str) -> str:

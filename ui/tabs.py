@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import gradio as gr
 
 from backend import catalog
 from backend.errors import TriptychError
-from backend.requests import Request, SD15Request, StableCascadeRequest
+from backend.requests import Request, SD3Request, SD15Request, StableCascadeRequest
 from backend.studio import CheckpointInfo
-from ui import controls, handlers, render
+from ui import controls, handlers, prices, render
 from ui.controls import CUSTOM, Controls
 from ui.handlers import Easel
 from ui.jobs import Jobs
@@ -32,7 +32,11 @@ REFUSED = json.dumps(render.failed("Not begun: the note in the corner of the pag
 UNHEARD = f"(shown) => shown === {PLACED} ? {REFUSED} : shown"  # a stopped run has failed, too
 AT_REST = f"(shown) => shown.replace({json.dumps(render.BUSY)}, {json.dumps(render.IDLE)})"  # preview stays
 PLANNED_BY = frozenset(
-    ("checkpoint", "config_from", "width", "height", "num_images", "dtype", "stage_c", "stage_b", "images")
+    (
+        *("checkpoint", "config_from", "width", "height", "num_images", "dtype"),
+        *("t5", "max_sequence_length"),
+        *("stage_c", "stage_b", "images"),
+    )
 )
 
 
@@ -41,7 +45,16 @@ Fields = dict[str, gr.components.Component]
 
 def sd15(jobs: Jobs) -> None:
     """Stable Diffusion 1.5."""
-    _tab(jobs, SD15Request, controls.sampling, lambda own: {"sampler": controls.sampler(own["sampler"])})
+    _tab(jobs, SD15Request, controls.sampling, lambda own: controls.sampler("sd15", own["sampler"]))
+
+
+def sd3(jobs: Jobs) -> None:
+    """Stable Diffusion 3 and 3.5."""
+
+    def choices(own: Mapping[str, Any]) -> Fields:
+        return controls.t5() | controls.sampler("sd3", own["sampler"]) | controls.flow(own)
+
+    _tab(jobs, SD3Request, controls.sampling, choices)
 
 
 def stable_cascade(jobs: Jobs) -> None:
@@ -54,7 +67,7 @@ def stable_cascade(jobs: Jobs) -> None:
 
 
 # The page opens on the first: the one that is loaded beforehand and paints fastest.
-TABS: tuple[Callable[[Jobs], None], ...] = (sd15, stable_cascade)
+TABS: tuple[Callable[[Jobs], None], ...] = (sd15, sd3, stable_cascade)
 
 
 def _tab(
@@ -105,7 +118,9 @@ class About:
     @staticmethod
     def of(family: type[Request], info: CheckpointInfo) -> tuple[str, str]:
         known, full = info.vocabulary, catalog.published(family.family)
-        note = render.vocabulary(known, full) if known else render.licence(info.title, info.licence)
+        entry = catalog.entry(family.family, info.name)
+        page = entry.url if entry else None
+        note = render.vocabulary(known, full) if known else render.licence(info.title, info.licence, page)
         return render.examples(info.examples[:EXAMPLES]), note
 
 
@@ -206,21 +221,25 @@ class Sheet:
         outputs = [self.about.examples, self.about.note, self.shape, *own]
         choice.input(self.choose, choice, outputs, **QUIET)  # not on change: reused settings are not defaults
         if sampler := self.controls.by_field.get("sampler"):
-            gr.on(sampler.change, _sampler_info, sampler, sampler, **QUIET)  # pyright: ignore
+            gr.on(sampler.change, self.sampler_info, sampler, sampler, **QUIET)  # pyright: ignore
 
     def _connect_plan(self) -> None:
-        plan_by = Controls(
-            {name: each for name, each in self.controls.by_field.items() if name in PLANNED_BY}
-        )
+        self._plan(handlers.plan_in_words, PLANNED_BY, self.easel.plan)
+        if t5 := self.controls.by_field.get("t5"):
+            self._plan(prices.teller, PLANNED_BY - {"t5"}, t5)
+
+    def _plan(self, of: Callable[..., Callable[..., Any]], by: Collection[str], output: Any) -> None:
+        """Tell in `output` what `of` makes of the studio and of a request."""
+        chosen = Controls({name: each for name, each in self.controls.by_field.items() if name in by})
 
         def request(values: Sequence[Any]) -> Request:
-            return handlers.build_shown(self.family, plan_by.fields(values))
+            return handlers.build_shown(self.family, chosen.fields(values))
 
         gr.on(
             None,  # when the page loads, and on every change of these
-            handlers.plan_in_words(self.jobs.studio, request),
-            plan_by.inputs,
-            self.easel.plan,
+            of(self.jobs.studio, request),
+            chosen.inputs,
+            output,
             trigger_mode="always_last",
             show_progress="hidden",
             api_visibility="private",
@@ -232,6 +251,9 @@ class Sheet:
     def request(self, values: Sequence[Any]) -> Request:
         """The request that the controls' values ask for."""
         return handlers.build_shown(self.family, self.controls.fields(values))
+
+    def sampler_info(self, name: str) -> Any:
+        return gr.update(info=controls.sampler_note(self.family.family, name))
 
     def fit(self, shape: str, checkpoint: str, width: int, height: int) -> tuple[int, int]:
         """The size of a shape; the size as it is for a custom one, or a checkpoint that is not known."""
@@ -271,10 +293,6 @@ class Sheet:
         except TriptychError as error:
             return None, ("", render.problem(str(error)))
         return info, About.of(self.family, info)
-
-
-def _sampler_info(name: str) -> Any:
-    return gr.update(info=controls.sampler_note(name))
 
 
 def _last_seed(last: dict[str, Any] | None, current: str) -> str:
