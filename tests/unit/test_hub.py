@@ -750,3 +750,38 @@ def test_a_repository_without_t5_shows_when_its_index_is_there(server: Hub, tmp_
     seen = sd3(tmp_path, "owner/small")
     assert not seen.has("text_encoder_3")
     assert seen.present([*WITHOUT_T5, "tokenizer", "tokenizer_2", "scheduler"], "float32")
+
+
+def test_what_config_from_lacks_comes_from_the_published_one(
+    opened: Hub, sd3_files: Path, tmp_path: Path
+) -> None:
+    file = sd3_single_file(tmp_path / "one.safetensors", sd3_folder(tmp_path / "whole"), t5="float16")
+    without_t5 = sd3_folder(tmp_path / "without", t5=False)
+    read = sd3(tmp_path, str(file), config_from=str(without_t5))
+    list(read.fetch(sd3_keys.COMPONENTS, "float32"))
+    assert read.tokenizer("tokenizer") == without_t5 / "tokenizer"
+    assert (
+        read.files("tokenizer_3", "float32")[0].read_bytes()
+        == (sd3_files / "tokenizer_3/tokenizer.json").read_bytes()
+    )
+    assert weights(opened) == set()
+
+
+def test_a_pasted_url_of_a_file_shows_what_it_lacks_when_it_is_there(
+    opened: Hub, sd3_files: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "files").mkdir()
+    sd3_single_file(tmp_path / "files/one.safetensors", sd3_folder(tmp_path / "whole", t5=False))
+    opened.folders["owner/files"] = tmp_path / "files"
+    url = f"{opened.url}/owner/files/blob/main/one.safetensors"
+    unseen = sd3(tmp_path, url)
+    assert unseen.has("text_encoder_3")  # as the largest of the published files
+    list(unseen.fetch(sd3_keys.COMPONENTS, "float32"))
+    seen = sd3(tmp_path, url)
+    assert not seen.has("text_encoder_3")
+    assert seen.config("transformer")["num_layers"] == 3
+    assert seen.present([*WITHOUT_T5, "tokenizer", "tokenizer_2"], "float32")
+    completed = sd3(tmp_path, url, config_from="sd3-medium")
+    list(completed.fetch(sd3_keys.COMPONENTS, "float32"))
+    assert completed.present(["text_encoder_3", "tokenizer_3"], "float32")
+    assert weights(opened) == {COMMIT, "text_encoder_3"}
