@@ -16,7 +16,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 class Settings:
     """`vram` caps the memory budget, in GiB (on a CPU: of RAM). `home` holds outputs and history,
     `models_dir` the downloaded checkpoints and those named without a path (None: the hub's own cache).
-    `public` serves the catalogue's checkpoints alone."""
+    `public` serves the catalogue's checkpoints alone. `compile` compiles what networks repeat."""
 
     host: str = "127.0.0.1"
     port: int = 7860
@@ -29,6 +29,7 @@ class Settings:
     home: Path = Path("~/.triptych")
     offline: bool = False
     public: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "home", Path(self.home).expanduser().absolute())

@@ -136,7 +136,8 @@ class Studio:
         _check(stop)
         here = self._machine()
         seeds = _seeds(request)
-        pipeline = self._pipeline(request, seeds, here)
+        compiled, refused = self._compiler(here)
+        pipeline = self._pipeline(request, seeds, here, compiled=compiled)
         plan = self._plan(pipeline, here)
         yield from _announced(plan)
         self.gallery.check()
@@ -145,7 +146,7 @@ class Studio:
             yield loading
             _check(stop)
         if loading is not None:  # its configs and sizes are the checkpoint's own now
-            pipeline = self._pipeline(request, seeds, here)
+            pipeline = self._pipeline(request, seeds, here, compiled=compiled)
             plan = self._plan(pipeline, here)
             yield from _announced(plan)
         lasting = [component for component in pipeline.components.values() if not component.passing]
@@ -154,7 +155,7 @@ class Studio:
 
         timings: dict[str, float] = {}
         results: dict[str, Any] = {}
-        notices = list(pipeline.notices)
+        notices = [*refused, *pipeline.notices]
         yield from (Notice(text=text) for text in notices)
         baseline = anonymous_bytes() - self._manager.anonymous_bytes if here.device == "cpu" else 0
         with PeakMeter(here.device) as meter:
@@ -258,16 +259,30 @@ class Studio:
             names = [name for name, part in pipeline.components.items() if part.dtype == dtype]
             yield from source.fetch(names, dtype)
 
-    def _pipeline(self, request: Request, seeds: tuple[int, ...], here: Hardware) -> Pipeline:
+    def _pipeline(
+        self, request: Request, seeds: tuple[int, ...], here: Hardware, *, compiled: bool = False
+    ) -> Pipeline:
         import torch
+
+        from backend.weights.parts import Parts
 
         if request.family not in catalog.FAMILIES:
             raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(catalog.FAMILIES)}")
         source = self._source(request.checkpoint, request.family, request.config_from)
-        dtype, device = self._dtype(request, here), torch.device(here.device)
-        room = _room(request.family, "pipeline")
-        budget = budget_bytes(here, self.settings.vram)
-        return room.pipeline(request, source, seeds=seeds, dtype=dtype, device=device, budget_bytes=budget)
+        parts = Parts(source=source, device=torch.device(here.device), compiled=compiled)
+        room, budget = _room(request.family, "pipeline"), budget_bytes(here, self.settings.vram)
+        dtype = self._dtype(request, here)
+        return room.pipeline(request, parts, seeds=seeds, dtype=dtype, budget_bytes=budget)
+
+    def _compiler(self, here: Hardware) -> tuple[bool, list[str]]:
+        """Whether networks are to be compiled, and what there is to say about it."""
+        if not self.settings.compile:
+            return False, []
+        from backend.nn.compiled import no_compiler
+
+        reason = no_compiler(here.device)
+        refused = f"Nothing is compiled: this machine has no compiler that works ({reason})."
+        return reason is None, [refused] if reason else []
 
     def _dtype(self, request: Request, here: Hardware) -> torch.dtype:
         """The request's precision over the settings'; "auto" is the fastest that the device computes in."""

@@ -139,11 +139,10 @@ def complete(
 
 def pipeline(
     request: StableCascadeRequest,
-    source: Source,
+    parts: Parts,
     *,
     seeds: tuple[int, ...],
     dtype: torch.dtype,
-    device: torch.device,
     budget_bytes: int,
 ) -> Pipeline:
     """The phases of a request, ready to plan and to run; reads configs, loads nothing.
@@ -151,7 +150,7 @@ def pipeline(
     Raises CheckpointError for a checkpoint without a stage that the request names, or whose stages do not
     belong together.
     """
-    parts = Parts(source=source, device=device)
+    source, device = parts.source, parts.device
     prior_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     dtypes = {"stage_c": prior_dtype, "stage_b": dtype}
 

@@ -1,8 +1,8 @@
 """Where every component lives and what each phase takes, decided before anything loads.
 
 A pure function of (components, phases, hardware, cap). This version knows two placements: `resident`, which
-stays on the device, and `swapped`, which is there for its phase only. Peak of a phase = all that is resident +
-what it uses that is swapped + its work.
+stays on the device, and `swapped`, which is there for its phase only. Peak of a phase = all that is resident
++ what it uses that is swapped + its work.
 """
 
 from __future__ import annotations

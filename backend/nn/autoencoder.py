@@ -175,6 +175,8 @@ class Autoencoder(nn.Module):
     The networks that denoise work in model space: `to_model` and `from_model` convert.
     """
 
+    COMPILED = ("decoder",)
+
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config

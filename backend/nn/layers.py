@@ -95,13 +95,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Scaled-dot-product attention of queries (B, L, D) over keys and values (B, S, D), in `heads` parts."""
     batch, length, dim = query.shape
     q, k, v = (t.view(batch, -1, heads, dim // heads).transpose(1, 2) for t in (query, key, value))
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and min(length, key.shape[1]) >= LONG:
+    long = min(length, key.shape[1]) >= LONG and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if long and not q.requires_grad:
         out = _attend_in_chunks(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
     return out.transpose(1, 2).reshape(batch, length, dim)
 
 
+# An operator of its own: a compiler would unroll the loops, and compile them anew for every size.
+@torch.library.custom_op("triptych::attend_in_chunks", mutates_args=())
 def _attend_in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled-dot-product attention (B, heads, L, d) by matrix products that stay in the processor's cache."""
     keys, dim = k.shape[2:]
@@ -113,3 +116,8 @@ def _attend_in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for here, rows in zip(part.split(ROWS, dim=1), queries.split(ROWS, dim=1), strict=True):
                 here.copy_(torch.softmax(rows @ keys_of, dim=-1) @ values)
     return out
+
+
+@_attend_in_chunks.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)

@@ -79,18 +79,13 @@ def complete(request: SD15Request, source: Source, seeds: tuple[int, ...]) -> Jo
 
 
 def pipeline(
-    request: SD15Request,
-    source: Source,
-    *,
-    seeds: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    budget_bytes: int,
+    request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype, budget_bytes: int
 ) -> Pipeline:
     """The phases of a request, ready to plan and to run; reads configs, loads nothing.
 
     Raises CheckpointError for a checkpoint of this class that needs a picture to start from.
     """
+    source, device = parts.source, parts.device
     job = complete(request, source, seeds)
     unet_config = UNetConfig.from_dict(source.config("unet"))
     vae_config = AutoencoderConfig.from_dict(source.config("vae"))
@@ -101,7 +96,6 @@ def pipeline(
             f"{source.name} has a UNet with {unet_config.in_channels} input channels; "
             f"text to image takes {vae_config.latent_channels}"
         )
-    parts = Parts(source=source, device=device)
 
     def text() -> tuple[Any, Any]:
         return load_tokenizer(source), load_clip_text(source, "text_encoder", dtype, device)

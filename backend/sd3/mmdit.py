@@ -248,6 +248,8 @@ class Block(nn.Module):
 class MMDiT(nn.Module):
     """The whole: noisy latents, timesteps and text → the velocity, noise less picture."""
 
+    COMPILED = ("transformer_blocks",)
+
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config

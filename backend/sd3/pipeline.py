@@ -136,25 +136,19 @@ def complete(request: SD3Request, source: Source, seeds: tuple[int, ...], layers
 
 
 def pipeline(
-    request: SD3Request,
-    source: Source,
-    *,
-    seeds: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    budget_bytes: int,
+    request: SD3Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype, budget_bytes: int
 ) -> Pipeline:
     """The phases of a request, ready to plan and to run; reads configs, loads nothing.
 
     Raises CheckpointError for a checkpoint that lacks a part, or whose parts do not belong together, and
     InvalidRequest for a size or a T5 that it cannot serve.
     """
+    source, device = parts.source, parts.device
     config = MMDiTConfig.from_dict(source.config("transformer"))
     vae_config = AutoencoderConfig.from_dict(source.config("vae"))
     job = complete(request, source, seeds, config.num_layers)
     check_together(source, config, vae_config)
     check_size(job, config, vae_config)
-    parts = Parts(source=source, device=device)
 
     def clip(name: str) -> Component:
         def load() -> tuple[Any, Any]:

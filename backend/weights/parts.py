@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
+from backend.nn.compiled import compile_parts
 from backend.phases import Component
 from backend.requests import Request
 from backend.weights.load import load_module
@@ -18,10 +19,11 @@ from backend.weights.source import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Makes components of one checkpoint for one device."""
+    """Makes components of one checkpoint for one device; networks of our own may be `compiled`."""
 
     source: Source
     device: torch.device
+    compiled: bool = False
 
     def component(self, name: str, dtype: torch.dtype, load: Callable[[], Any]) -> Component:
         """`load` makes what is lent, in `dtype`."""
@@ -39,7 +41,7 @@ class Parts:
         """A network of our own, which `build` makes."""
 
         def load() -> nn.Module:
-            return load_module(
+            network = load_module(
                 build,
                 self.source.tensors(name, dtype_name(dtype)),
                 dtype=dtype,
@@ -47,6 +49,9 @@ class Parts:
                 layout=layout_of(dtype),
                 what=f"{self.source.name}: {name}",
             )
+            if self.compiled:
+                compile_parts(network)
+            return network
 
         return self.component(name, dtype, load)
 

@@ -1,0 +1,35 @@
+"""Compiling networks in place. What is repeated is compiled once: all blocks of a kind share their code, and
+sizes stay symbols, so that the warm-up takes seconds and another size of picture needs none."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@cache
+def no_compiler(device: str) -> str | None:
+    """Why nothing can be compiled for this type of device; None where it can. Trying takes seconds."""
+
+    def trial(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x) + 1
+
+    try:
+        torch.compile(trial, dynamic=True)(torch.zeros(2, 3, device=device))
+    except Exception as error:  # noqa: BLE001 (what a missing compiler raises differs by platform and release)
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
+def compile_parts(network: nn.Module) -> None:
+    """Compile, at their first use, the submodules that the network's class lists as `COMPILED`; of a list of
+    modules each one. Where a piece of one cannot be compiled, that piece runs as it is."""
+    torch._dynamo.config.suppress_errors = True  # pyright: ignore[reportPrivateImportUsage]
+    for name in getattr(network, "COMPILED", ()):
+        part = network.get_submodule(name)
+        for module in part if isinstance(part, nn.ModuleList) else [part]:
+            module.compile(dynamic=True)
