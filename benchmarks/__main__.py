@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import app, cascade, changes, machine
+from benchmarks import app, cascade, changes, machine, sd3
 from benchmarks.side import FEW_PIXELS, Job, forwards
 
 HERE = Path(__file__).parent
@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(shown(runs[-1]), flush=True)
     if {"cascade", "redecode"} & set(options.parts):
         runs += stable_cascade(options, device, half)
+    if {"sd3", "t5"} & set(options.parts):
+        runs += stable_diffusion_3(options, device, half)
     if "demo" in options.parts:
         job = Job(side="demo", checkpoint="demo", device=device, dtype="auto", size=0, steps=0)
         runs += [run(job) for _ in range(options.rounds)]
@@ -104,6 +106,25 @@ def stable_cascade(options: argparse.Namespace, device: str, half: str) -> list[
     return [{**one, "side": f"cascade, {one['side']}"} for one in made]
 
 
+def stable_diffusion_3(options: argparse.Namespace, device: str, half: str) -> list[Run]:
+    """A step and a decode of ours, as it is and compiled, against the reference's; then whole pictures of
+    ours with T5 at each price."""
+    folder = checkpoint(options, "sd3", half)
+    machine.warm(folder / "transformer")
+    size = 128 if options.smoke else 1024
+    made: list[Run] = []
+    for number in range(options.rounds if "sd3" in options.parts else 0):
+        sides = ("ours", "reference", "compiled")[:: 1 if number % 2 == 0 else -1]
+        made += [
+            run(sd3.Job(side=side, checkpoint=str(folder), device=device, dtype=half, size=size))
+            for side in sides
+        ]
+    for price in ("full", "int8", "nf4", "off") if "t5" in options.parts else ():
+        job = sd3.Job(side="studio", checkpoint=str(folder), device=device, dtype=half, size=size, t5=price)
+        made.append({**run(job), "side": f"t5 {price}"})
+    return [{**one, "side": f"sd3, {one['side']}"} for one in made]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -114,7 +135,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
     parser.add_argument(
-        "--parts", default="picture,load,changes,cascade,redecode,demo,app", help="which of these to measure"
+        "--parts",
+        default="picture,load,changes,cascade,redecode,sd3,t5,demo,app",
+        help="which of these to measure",
     )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the figures are kept")
@@ -139,9 +162,8 @@ def checkpoint(options: argparse.Namespace, family: str = "sd15", weights: str |
     return folder
 
 
-def run(job: Job | cascade.Job, **facts: str) -> Run:
-    module = "benchmarks.side" if isinstance(job, Job) else "benchmarks.cascade"
-    command = [sys.executable, "-m", module, json.dumps(asdict(job))]
+def run(job: Job | cascade.Job | sd3.Job, **facts: str) -> Run:
+    command = [sys.executable, "-m", type(job).__module__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr}")

@@ -109,14 +109,13 @@ def configs(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
 def ours(job: Job) -> Iterator[Stage]:
     from backend import Settings, StableCascadeRequest
     from backend.cascade.pipeline import pipeline
+    from backend.weights.parts import Parts
     from backend.weights.source import resolve
 
     dtype, device = getattr(torch, job.dtype), torch.device(job.device)
-    source = resolve(job.checkpoint, "stable_cascade", Settings())
+    made = Parts(source=resolve(job.checkpoint, "stable_cascade", Settings()), device=device)
     request = StableCascadeRequest(checkpoint=job.checkpoint, width=job.size, height=job.size)
-    parts = pipeline(
-        request, source, seeds=(0,), dtype=dtype, device=device, budget_bytes=sys.maxsize
-    ).components
+    parts = pipeline(request, made, seeds=(0,), dtype=dtype, budget_bytes=sys.maxsize).components
     given = Inputs.make(job, *configs(job))
     ratio, quarter = torch.full((2,), 0.5, device=device), job.size // 4
 
