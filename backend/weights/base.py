@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from backend.catalog import FAMILIES
 from backend.errors import CheckpointError
 from backend.events import Loading
-from backend.weights.files import Shapes
+from backend.weights.files import WEIGHTS, Shapes, precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,11 @@ class Source(ABC):
     @abstractmethod
     def files(self, component: str, dtype: str) -> list[Path]:
         """What `component` is read from."""
+
+    def precision(self, component: str, dtype: str) -> str:
+        """The dtype that most of the component's numbers are kept in: "float16", "float8_e4m3fn", ..."""
+        paths = self.files(component, dtype)
+        return precision(next(path for path in paths if path.suffix in WEIGHTS))  # shards are alike
 
     def present(self, components: Iterable[str], dtype: str) -> bool:
         """Whether these components can be loaded without a download."""

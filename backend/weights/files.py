@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,11 +57,13 @@ def shapes(path: Path) -> Shapes:
     return {name: shape for name, (shape, _) in _header(path).items()}
 
 
-def precision(path: Path) -> str:
-    """The dtype that most of the file's numbers are kept in: "float32", "bfloat16", "float16" or another."""
+def precision(path: Path, names: Container[str | None] | None = None) -> str:
+    """The dtype that most of the file's numbers, or of those in the tensors `names`, are kept in: "float32",
+    "bfloat16", "float16" or another."""
     sizes: dict[str, int] = {}
-    for shape, dtype in _header(path).values():
-        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+    for name, (shape, dtype) in _header(path).items():
+        if names is None or name in names:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 

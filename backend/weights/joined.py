@@ -71,6 +71,9 @@ class JoinedSource(Source):
     def parameter_bytes(self, component: str, dtype: str) -> int:
         return self._source(component).parameter_bytes(component, dtype)
 
+    def precision(self, component: str, dtype: str) -> str:
+        return self._source(component).precision(component, dtype)
+
     def extras(self) -> dict[str, Any]:
         extras = read_extras(self.root, self.family) if self.root is not None else {}
         return extras or next((extras for source in self.sources if (extras := source.extras())), {})

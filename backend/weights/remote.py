@@ -159,6 +159,9 @@ class HubSource(Source):
         entry = self._entry() or catalog.published(self.family)
         return round(entry.parameters.get(component, 0) * 1e6) * DTYPE_BYTES[dtype]
 
+    def precision(self, component: str, dtype: str) -> str:
+        return self._here().precision(component, dtype)
+
     def extras(self) -> dict[str, Any]:
         return self.local.extras() if self.local else {}
 

@@ -41,7 +41,7 @@ class Part:
 
     @cached_property
     def precision(self) -> str:
-        return precision(self.path)
+        return precision(self.path, {origin.name for origin in self.origins.values()})
 
     @cached_property
     def size(self) -> int:
@@ -194,6 +194,11 @@ class FileSource(Source):
         if companion and self.present([companion], dtype):
             paths += self.files(companion, dtype)
         return "|".join([*map(stamp, paths), settings])
+
+    def precision(self, component: str, dtype: str) -> str:
+        if component not in self._parts:
+            return self._lacking(component).precision(component, dtype)
+        return self._part(component, dtype).precision
 
     def extras(self) -> dict[str, Any]:
         return read_extras(self.root, self.family) if self.root is not None else {}

@@ -241,6 +241,8 @@ def test_the_file_in_the_precision_of_the_run_is_read(folder: Path, files: Path,
             "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16,
         }  # fmt: skip
         assert read.parameter_bytes(component, "float32") == 2 * read.parameter_bytes(component, "float16")
+        assert read.precision(component, "float16") == "bfloat16"
+    assert source(folder).precision("prior", "float16") == "float32"
     assert read.fingerprint("prior", "float32") != read.fingerprint("prior", "bfloat16")
     assert read.fingerprint("prior_lite", "float32") == read.fingerprint("prior_lite", "bfloat16")
 

@@ -665,6 +665,7 @@ def test_with_a_token_it_is_downloaded_and_t5_only_when_it_is_to_run(
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         assert seen.parameter_bytes(name, "float16") == local.parameter_bytes(name, "float16")
     assert seen.tokenizer("tokenizer_3").name == "tokenizer_3"
+    assert seen.precision("text_encoder_3", "float32") == "float32"
     opened.requests.clear()
     assert list(sd3(tmp_path).fetch(sd3_keys.COMPONENTS, "float32")) == []
     assert opened.requests == []
@@ -694,6 +695,7 @@ def test_a_shard_that_was_broken_off_is_resumed(opened: Hub, sd3_files: Path, tm
 
 def test_clips_are_downloaded_in_float16_where_the_run_is(opened: Hub, tmp_path: Path) -> None:
     assert list(sd3(tmp_path).fetch(["text_encoder", "text_encoder_2", "vae"], "float16"))
+    assert sd3(tmp_path).precision("text_encoder", "float16") == "float16"
     fetched = [
         path for method, path, _ in opened.requests if method == "GET" and path.endswith("safetensors")
     ]

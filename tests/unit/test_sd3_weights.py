@@ -272,6 +272,9 @@ def test_t5_in_the_precision_of_the_file(folder: Path, tmp_path: Path, kept: str
         "text_encoder_3", "bfloat16"
     )
     assert read.tensors("transformer", "bfloat16")["proj_out.bias"].dtype == torch.float16
+    assert read.precision("text_encoder_3", "bfloat16") == kept  # of this network, not of the whole file
+    assert read.precision("transformer", "bfloat16") == "float16"
+    assert whole.precision("text_encoder_3", "bfloat16") == "float32"
 
 
 @pytest.mark.parametrize("kept", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -394,6 +397,7 @@ def test_without_clips_they_come_from_config_from(folder: Path, tmp_path: Path) 
             ask("text_encoder")
     whole = source(file, folder)
     for component in ENCODERS:
+        assert whole.precision(component, "bfloat16") == "float32"
         assert same(whole.tensors(component, "float32"), source(folder).tensors(component, "float32"))
         assert whole.fingerprint(component, "float32") == source(folder).fingerprint(component, "float32")
 
