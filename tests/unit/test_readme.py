@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import app
-from backend import SD15Request, StableCascadeRequest
+from backend import SD3Request, SD15Request, StableCascadeRequest
 
 ROOT = Path(app.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,10 +34,10 @@ def test_every_flag_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_python_blocks_are_python() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         compile(block, "README.md", "exec")
-    for block, request in zip(blocks, (SD15Request, StableCascadeRequest), strict=False):
+    for block, request in zip(blocks, (SD15Request, StableCascadeRequest, SD3Request), strict=False):
         for name in re.findall(r"(\w+)=", block):
             assert name == "api_name" or name in request.__dataclass_fields__
 
