@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backend.errors import CheckpointError, InvalidRequest
+from backend.errors import CheckpointError
 from backend.nn.configs import read_config, require
 from backend.nn.layers import TimestepEmbedding, attend, sinusoidal_embedding
 
@@ -66,22 +66,19 @@ class MMDiTConfig:
 class PatchEmbed(nn.Module):
     """Latents (B, C, h, w) → tokens (B, I, D) that know where they are.
 
-    The learned-size table of positions is cropped around its centre, so that any size up to it can be had.
+    The table of positions is cropped around its centre, so that any size up to the table's can be had.
     """
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.patch, self.most = config.patch_size, config.pos_embed_max_size
-        self.proj = nn.Conv2d(config.in_channels, config.width, self.patch, stride=self.patch)
+        patch, self.most = config.patch_size, config.pos_embed_max_size
+        self.proj = nn.Conv2d(config.in_channels, config.width, patch, stride=patch)
         native = config.sample_size // config.patch_size
         self.register_buffer("pos_embed", positions(config.width, self.most, native)[None])
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.proj(latents)  # (B, C, h, w) → (B, D, h / p, w / p)
         height, width = x.shape[-2:]
-        if max(height, width) > self.most:
-            limit = self.most * self.patch
-            raise InvalidRequest(f"the latents are {latents.shape[-1]}×{latents.shape[-2]}; at most {limit}")
         top, left = (self.most - height) // 2, (self.most - width) // 2
         table = self.get_buffer("pos_embed").view(self.most, self.most, -1)
         place = table[top : top + height, left : left + width].flatten(0, 1)  # (I, D)

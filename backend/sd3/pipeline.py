@@ -33,9 +33,10 @@ from backend.text.t5 import (
     t5_available,
     t5_bytes,
     t5_length,
+    t5_shapes,
     t5_work,
 )
-from backend.weights.parts import Parts, completed, dtype_name
+from backend.weights.parts import Parts, completed
 from backend.weights.source import Source
 
 # What "auto" means on a device that computes in it: the published weights are fp16.
@@ -196,7 +197,8 @@ def choices(request: SD3Request, source: Source, device: torch.device) -> tuple[
     if request.t5 == "auto":
         if lacking:
             return ["off"], lacking
-        return [price for price in PRICES if t5_available(price, device.type) is None], ""
+        can_run = [price for price in PRICES if price == "off" or not t5_available(price, device.type)]
+        return can_run, ""
     if lacking:
         raise CheckpointError(
             f"t5 is {request.t5!r}, and {lacking}; set config_from to a folder or hub repository with one, "
@@ -226,11 +228,14 @@ def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
         return load_t5_tokenizer(source), load_t5(source, T5, price, dtype, device)
 
     whole = parts.component(T5, dtype, load)
-    precision = whole.precision if price == "full" else price
-    size = whole.bytes
-    if source.present([T5], dtype_name(dtype)):
-        size = t5_bytes(source.shapes(T5, dtype_name(dtype)), source.config(T5), price, dtype)
-    return replace(whole, identity=(whole.identity, price), precision=precision, bytes=size, passing=True)
+    config = source.config(T5)
+    return replace(
+        whole,
+        identity=(whole.identity, price),
+        precision=whole.precision if price == "full" else price,
+        bytes=t5_bytes(t5_shapes(config), config, price, dtype),
+        passing=True,
+    )
 
 
 def check_together(source: Source, transformer: MMDiTConfig, vae: AutoencoderConfig) -> None:

@@ -63,15 +63,8 @@ def load_t5(
     names = {name: name for name in tensors if name != TABLE_AGAIN}
     if TABLE_AGAIN in tensors:
         names.setdefault(TABLE, TABLE_AGAIN)
-    settings = source.config(component)
-
-    def build() -> T5EncoderModel:
-        try:
-            return T5EncoderModel(T5Config(**{**settings, "is_decoder": False}))
-        except StrictDataclassError as error:
-            raise ValueError(error.__cause__ or error) from error
-
-    module = build_on_meta(build, what)
+    settings = _settings(source.config(component))
+    module = build_on_meta(lambda: T5EncoderModel(settings), what)
     expected = {name: meta for name, meta in module.state_dict().items() if name != TABLE_AGAIN}
     check_tensors(expected, {name: tensors[theirs] for name, theirs in names.items()}, what)
     for name in expected:
@@ -79,6 +72,14 @@ def load_t5(
     module.set_input_embeddings(module.shared)
     assert not any(weight.is_meta for weight in (*module.parameters(), *module.buffers()))
     return module.eval()
+
+
+def _settings(config: Mapping[str, Any]) -> T5Config:
+    changed: dict[str, Any] = {**config, "is_decoder": False}
+    try:
+        return T5Config(**changed)
+    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"this is no config of a T5 encoder: {error.__cause__ or error}") from error
 
 
 def _place(
@@ -139,9 +140,26 @@ def t5_is_float8(source: Source, component: str, dtype: torch.dtype) -> bool:
     return any(stored_precision(path).startswith("float8") for path in files if path.suffix in WEIGHTS)
 
 
+def t5_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The shapes of an encoder's tensors by its config alone, before there are files of it."""
+    settings = T5Config(**config)
+    width, inner, hidden = settings.d_model, settings.num_heads * settings.d_kv, settings.d_ff
+    shapes: Shapes = {TABLE: (settings.vocab_size, width), "encoder.final_layer_norm.weight": (width,)}
+    inwards = ("wi_0", "wi_1") if settings.is_gated_act else ("wi",)
+    for index in range(settings.num_layers):
+        attention, feed_forward = (f"encoder.block.{index}.layer.{place}" for place in (0, 1))
+        shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+        shapes[f"{attention}.SelfAttention.o.weight"] = (width, inner)
+        shapes |= {f"{feed_forward}.DenseReluDense.{name}.weight": (hidden, width) for name in inwards}
+        shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (width, hidden)
+        shapes |= {f"{layer}.layer_norm.weight": (width,) for layer in (attention, feed_forward)}
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return shapes | {bias: (settings.relative_attention_num_buckets, settings.num_heads)}
+
+
 def t5_work(config: Mapping[str, Any], batch: int, length: int, dtype: torch.dtype) -> int:
     """Bytes of activations while `batch` prompts of `length` tokens are read."""
-    settings = T5Config(**config)
+    settings = _settings(config)
     tokens, item = batch * length, dtype.itemsize
     width, inner = settings.d_model, settings.num_heads * settings.d_kv
     attention = tokens * (2 * width + 5 * inner) * item
@@ -167,7 +185,7 @@ def t5_length(source: Source, wanted: int) -> int:
         stated = settings.get("model_max_length")
     except (TriptychError, OSError, ValueError, AttributeError):  # not there yet, or loading it will tell
         return wanted
-    return min(wanted, stated) if isinstance(stated, int) and stated > 0 else wanted
+    return min(wanted, stated) if type(stated) is int and stated > 0 else wanted
 
 
 @torch.no_grad()
