@@ -86,7 +86,7 @@ MODEL_INDEX: dict[str, Any] = {
     "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-DEFAULTS = {"steps": 24, "guidance_scale": 3.0, "sampler": "euler", "width": 128, "height": 128}
+DEFAULTS = {"steps": 16, "guidance_scale": 3.5, "sampler": "euler", "width": 128, "height": 128}
 
 VAE_RECIPE = Recipe(steps=6000, learning_rate=2.5e-3, average=0.997, seed=SEED)
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
