@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5To
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.memory.quantize import Float8Linear, fits, quantised, quantised_bytes, unavailable, widened
 from backend.text.prompts import BREAK, parse, weighted
-from backend.weights.files import WEIGHTS, Shapes
-from backend.weights.files import precision as stored_precision
+from backend.weights.files import Shapes
 from backend.weights.load import assign, build_on_meta, check_tensors
 from backend.weights.source import Source
 
@@ -30,7 +29,7 @@ TOKENIZER = "tokenizer_3"
 # The table of tokens, and its other name: some files have it under one, some under both.
 TABLE, TABLE_AGAIN = "shared.weight", "encoder.embed_tokens.weight"
 
-# The layers whose weights are quantised. `wo` never is: its features reach 10⁴ and more, and T5 casts them to
+# The layers whose weights are quantised. `wo` never is: its features overflow float16, and T5 casts them to
 # the dtype of its weight, which gives nonsense where that is made of integers.
 QUANTISED = frozenset({"q", "k", "v", "o", "wi", "wi_0", "wi_1"})
 LAYERS = QUANTISED | {"wo"}
@@ -67,8 +66,18 @@ def load_t5(
     module = build_on_meta(lambda: T5EncoderModel(settings), what)
     expected = {name: meta for name, meta in module.state_dict().items() if name != TABLE_AGAIN}
     check_tensors(expected, {name: tensors[theirs] for name, theirs in names.items()}, what)
+    few = {
+        name: quantised(precision, tuple(meta.shape), device)
+        for name, meta in expected.items()
+        if _is_quantised(name, tuple(meta.shape), precision)
+    }
     for name in expected:
-        _place(module, name, tensors[names[name]], precision, dtype, device)
+        tensor = tensors[names[name]]
+        if name in few:
+            few[name].read(tensor)
+            module.set_submodule(name.removesuffix(".weight"), few[name])
+        else:
+            _place(module, name, tensor, _dtype(name, dtype), device)
     module.set_input_embeddings(module.shared)
     assert not any(weight.is_meta for weight in (*module.parameters(), *module.buffers()))
     return module.eval()
@@ -82,22 +91,11 @@ def _settings(config: Mapping[str, Any]) -> T5Config:
         raise CheckpointError(f"this is no config of a T5 encoder: {error.__cause__ or error}") from error
 
 
-def _place(
-    module: nn.Module,
-    name: str,
-    tensor: Tensor,
-    precision: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    kept, layer = _dtype(name, dtype), name.removesuffix(".weight")
-    narrow = tensor.dtype in FLOAT8 and _layer(name) in LAYERS and device.type in ("cpu", "cuda")
-    if _is_quantised(name, tuple(tensor.shape), precision):
-        module.set_submodule(layer, quantised(tensor, precision, device))
-    elif narrow:
-        module.set_submodule(layer, Float8Linear(tensor.to(device), kept))
+def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype in FLOAT8 and _layer(name) in LAYERS and device.type in ("cpu", "cuda"):
+        module.set_submodule(name.removesuffix(".weight"), Float8Linear(tensor.to(device), dtype))
     else:
-        assign(module, name, nn.Parameter(widened(tensor.to(device), kept), requires_grad=False))
+        assign(module, name, nn.Parameter(widened(tensor.to(device), dtype), requires_grad=False))
 
 
 def _is_quantised(name: str, shape: tuple[int, ...], precision: str) -> bool:
@@ -135,26 +133,9 @@ def t5_bytes(
 
 
 def t5_is_float8(source: Source, component: str, dtype: torch.dtype) -> bool:
-    """Whether the files of the encoder, which must be there, keep most of their numbers in 8 bits."""
-    files = source.files(component, str(dtype).removeprefix("torch."))
-    return any(stored_precision(path).startswith("float8") for path in files if path.suffix in WEIGHTS)
-
-
-def t5_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The shapes of an encoder's tensors by its config alone, before there are files of it."""
-    settings = T5Config(**config)
-    width, inner, hidden = settings.d_model, settings.num_heads * settings.d_kv, settings.d_ff
-    shapes: Shapes = {TABLE: (settings.vocab_size, width), "encoder.final_layer_norm.weight": (width,)}
-    inwards = ("wi_0", "wi_1") if settings.is_gated_act else ("wi",)
-    for index in range(settings.num_layers):
-        attention, feed_forward = (f"encoder.block.{index}.layer.{place}" for place in (0, 1))
-        shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
-        shapes[f"{attention}.SelfAttention.o.weight"] = (width, inner)
-        shapes |= {f"{feed_forward}.DenseReluDense.{name}.weight": (hidden, width) for name in inwards}
-        shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (width, hidden)
-        shapes |= {f"{layer}.layer_norm.weight": (width,) for layer in (attention, feed_forward)}
-    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    return shapes | {bias: (settings.relative_attention_num_buckets, settings.num_heads)}
+    """Whether the files of the encoder keep most of their numbers in 8 bits; False until they are there."""
+    name = str(dtype).removeprefix("torch.")
+    return source.present([component], name) and source.precision(component, name).startswith("float8")
 
 
 def t5_work(config: Mapping[str, Any], batch: int, length: int, dtype: torch.dtype) -> int:
@@ -164,8 +145,8 @@ def t5_work(config: Mapping[str, Any], batch: int, length: int, dtype: torch.dty
     width, inner = settings.d_model, settings.num_heads * settings.d_kv
     attention = tokens * (2 * width + 5 * inner) * item
     attention += batch * settings.num_heads * length**2 * (item + 4)
-    # int8 layers give int32, and three float32 of the same size on the way to the result
-    feed_forward = tokens * (3 * width * item + settings.d_ff * (3 * item + 24))
+    # int8 layers give int32, and make float32 of it several times on the way to their result
+    feed_forward = tokens * (3 * width * item + settings.d_ff * (3 * item + 32))
     return max(attention, feed_forward) + width * settings.d_ff * item  # a weight, widened
 
 

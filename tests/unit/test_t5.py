@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from backend.text.t5 import (
     t5_work,
 )
 from backend.weights.source import Source, resolve
+from benchmarks.sd3_checkpoint import build
 
 CPU = torch.device("cpu")
 T5 = "text_encoder_3"
@@ -154,18 +154,24 @@ def test_few_bits_are_near_the_whole(
     assert F.cosine_similarity(whole, few, dim=2).mean() >= least
 
 
+def layer(weight: Tensor, precision: str) -> nn.Module:
+    made = quantize.quantised(precision, tuple(weight.shape), CPU)
+    made.read(weight)
+    return made
+
+
 def test_quantised_layers_are_those_of_bitsandbytes() -> None:
     bnb: Any = quantize.bitsandbytes()
     weight = torch.randn(320, 448, dtype=torch.bfloat16)  # not a whole number of pieces
     x = torch.randn(2, 9, 448, dtype=torch.float16)
     x[0, 3, 5] = 40.0  # an outlier
-    ours = quantize.quantised(weight, "int8", CPU)
+    ours = layer(weight, "int8")
     theirs = bnb.nn.Linear8bitLt(448, 320, bias=False, has_fp16_weights=False, threshold=6.0)
     theirs.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
     with torch.no_grad():
         assert torch.equal(ours(x), theirs.eval()(x))
     x = x.bfloat16()
-    ours = quantize.quantised(weight, "nf4", CPU)
+    ours = layer(weight, "nf4")
     theirs = bnb.nn.Linear4bit(
         448, 320, bias=False, compute_dtype=x.dtype, compress_statistics=False, quant_type="nf4"
     )
@@ -181,12 +187,12 @@ def test_quantised_layers_are_those_of_bitsandbytes() -> None:
 def test_pieces_and_bands_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(96, 128), torch.randn(5, 128)
     for precision in quantize.PRECISIONS:
-        at_once = quantize.quantised(weight, precision, CPU)
+        at_once = layer(weight, precision)
         whole = at_once(x)
         with monkeypatch.context() as small:
             small.setattr(quantize, "PIECE", 640)
             small.setattr(quantize, "BAND", 1280)
-            in_pieces = quantize.quantised(weight, precision, CPU)
+            in_pieces = layer(weight, precision)
             assert all(torch.equal(a, b) for a, b in zip(at_once.buffers(), in_pieces.buffers(), strict=True))
             torch.testing.assert_close(in_pieces(x), whole)
 
@@ -210,7 +216,7 @@ def test_published_sizes() -> None:
         for precision, size in zip(PRECISIONS, sizes, strict=True):
             assert t5_bytes(shapes, PUBLISHED[T5], precision, dtype) == pytest.approx(size * 1e9, rel=0.01)
     work = t5_work(PUBLISHED[T5], 2, 256, torch.bfloat16)
-    assert 209e6 <= work <= 300e6  # measured on its layers: int8 209 MB, whole 167
+    assert 290e6 <= work <= 350e6  # measured: int8 290 MB, whole 121, nf4 78
 
 
 @pytest.mark.parametrize("names", [(TABLE,), (TABLE_AGAIN,), (TABLE, TABLE_AGAIN)])
@@ -248,8 +254,11 @@ def test_tensors_that_do_not_fit_are_listed(copy: Path, precision: str) -> None:
 def test_a_config_of_no_network(copy: Path) -> None:
     config = json.loads((copy / T5 / "config.json").read_text())
     (copy / T5 / "config.json").write_text(json.dumps({**config, "num_heads": "many"}))
-    with pytest.raises(CheckpointError, match="no network can be built"):
-        load_t5(opened(copy), T5, "full", torch.float32, CPU)
+    source = opened(copy)
+    with pytest.raises(CheckpointError, match="no config of a T5 encoder.*num_heads"):
+        load_t5(source, T5, "full", torch.float32, CPU)
+    with pytest.raises(CheckpointError, match="no config of a T5 encoder.*num_heads"):
+        t5_work(source.config(T5), 1, 77, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -295,7 +304,9 @@ from backend.weights.source import resolve
 folder, precision = sys.argv[1:]
 source = resolve(folder, "sd3", Settings())
 if precision != "full":
-    quantised(torch.ones(64, 64), precision, torch.device("cpu"))(torch.ones(2, 64))
+    layer = quantised(precision, (64, 64), torch.device("cpu"))
+    layer.read(torch.ones(64, 64))
+    layer(torch.ones(2, 64))
 before = anonymous_bytes()
 with PeakMeter("cpu") as meter:
     encoder = load_t5(source, "text_encoder_3", precision, torch.bfloat16, torch.device("cpu"))
@@ -307,10 +318,11 @@ print(json.dumps([meter.peak - before, anonymous_bytes() - before]))
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """350 MB of bfloat16 in files of 60 MB."""
     folder = tmp_path_factory.mktemp("large")
-    config = T5Config(
-        vocab_size=512, d_model=1024, d_kv=64, d_ff=4096, num_layers=10, num_heads=16,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": 512, "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 10, "num_heads": 16,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = T5Config(**settings)
     with torch.device("meta"):
         shapes = {name: meta.shape for name, meta in T5EncoderModel(config).state_dict().items()}
     del shapes[TABLE_AGAIN]
@@ -341,16 +353,13 @@ def test_peak_memory_while_it_is_read(large: Path, precision: str) -> None:
     )
     assert done.stderr == ""
     peak, after = json.loads(done.stdout)
-    mapped = 10 * 3 * 1024 * 4096 * 2 if precision == "full" else 0
-    shards = [path.stat().st_size for path in (large / T5).glob("*.safetensors")]
-    assert len(shards) >= 5
-    tensor = 4096 * 1024 * 2
-    assert peak <= size + max(shards)
-    if precision == "full":
-        assert peak < 20e6 < mapped  # the files stay mapped
-    else:
-        unquantised = 10 * 4096 * 1024 * 2  # `wo`, which stays mapped
-        assert size - unquantised - 20e6 < after <= peak <= size - unquantised + tensor + 30e6
+    largest = max(path.stat().st_size for path in (large / T5).glob("*.safetensors"))
+    assert largest < 80e6
+    assert peak <= size + largest
+    # what the files have in it stays mapped: all that is whole, else `wo` and little more
+    copied = 0 if precision == "full" else size - 10 * 4096 * 1024 * 2
+    # and one piece in passing takes 50 MB of the allocator's, of this model and of one ten times its size
+    assert copied - 10e6 < after <= peak <= copied + 60e6
 
 
 IMPORT = """
@@ -373,14 +382,6 @@ def test_bitsandbytes_downloads_and_says_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.fixture
-def no_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    quantize.bitsandbytes.cache_clear()
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    yield
-    quantize.bitsandbytes.cache_clear()
-
-
 def test_without_bitsandbytes(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for precision in ("int8", "nf4"):
@@ -393,10 +394,17 @@ def test_without_bitsandbytes(source: Source, monkeypatch: pytest.MonkeyPatch) -
     load_t5(source, T5, "full", torch.float32, CPU)
 
 
-@pytest.mark.usefixtures("no_bitsandbytes")
-def test_with_a_bitsandbytes_that_cannot_be_loaded(source: Source) -> None:
-    with pytest.raises(InvalidRequest, match="bitsandbytes, which cannot be loaded"):
+def test_with_a_bitsandbytes_that_cannot_be_loaded(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bitsandbytes.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    quantize.bitsandbytes.cache_clear()
+    with pytest.raises(InvalidRequest, match=r"bitsandbytes, which cannot be loaded: libcudart\.so"):
         load_t5(source, T5, "int8", torch.float32, CPU)
+    monkeypatch.undo()
+    assert quantize.bitsandbytes().__file__ is not None
 
 
 def test_where_it_can_run() -> None:
@@ -473,6 +481,15 @@ def test_a_damaged_tokenizer(copy: Path, content: str) -> None:
         load_t5_tokenizer(opened(copy))
 
 
+def test_of_a_tokenizer_in_both_forms_the_fast_one_is_read(copy: Path, source: Source) -> None:
+    (copy / "tokenizer_3" / "spiece.model").write_bytes(b"what only another package could read")
+    both, one = load_t5_tokenizer(opened(copy)), load_t5_tokenizer(source)
+    assert both("a red house").input_ids == one("a red house").input_ids
+    (copy / "tokenizer_3" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer_3 cannot be read"):
+        load_t5_tokenizer(opened(copy))
+
+
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [(24, 24), (512, 256), (1e30, 256), (0, 256), (-1, 256), ("many", 256), (None, 256), (True, 256)],
@@ -487,3 +504,12 @@ def test_as_many_tokens_as_wanted_until_the_tokenizer_is_there(copy: Path) -> No
     assert t5_length(opened(copy), 77) == 77
     shutil.rmtree(copy / "tokenizer_3")
     assert t5_length(opened(copy), 77) == 77
+
+
+def test_the_checkpoint_of_the_benchmarks(tmp_path: Path) -> None:
+    source = opened(build(tmp_path / "tiny", tiny=True))
+    encoder = load_t5(source, T5, "nf4", torch.bfloat16, CPU)
+    features = encode_t5(encoder, load_t5_tokenizer(source), PROMPTS, t5_length(source, 256), raw=False)
+    assert features.shape == (3, 256, 128)
+    assert features.isfinite().all()
+    assert source.has("transformer")
