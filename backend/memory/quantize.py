@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -198,7 +198,7 @@ def bitsandbytes() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None, None, None]:
     """While bitsandbytes is imported on a CPU with bf16, it asks the package `kernels`, if that is there, to
     download code from the hub, which only the layout that is not used here calls; else it warns."""
     before, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes.backends.cpu.ops")
