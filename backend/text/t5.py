@@ -50,9 +50,8 @@ def load_t5(
     """The T5 encoder of a checkpoint, computing in `dtype`, its weights whole ("full"), "int8" or "nf4".
 
     Tensors are read one at a time straight into the form they are kept in; what the file has in it stays
-    mapped. Layers that a file has in float8 stay so too, unless they are quantised: T5 leaves memory when it
-    has read the prompts once, so widening them as they run costs no more than at load, and half the memory.
-    Raises InvalidRequest for a precision that cannot be had here, CheckpointError for tensors that are not
+    mapped. Layers that a file has in float8 stay so too, unless they are quantised: T5 reads its prompts once
+    and leaves, so that widening them as they run takes no longer than at load, and half the memory. Raises InvalidRequest for a precision that cannot be had here, CheckpointError for tensors that are not
     just those of the network.
     """
     if refused := t5_available(precision, device.type):
@@ -136,6 +135,23 @@ def t5_is_float8(source: Source, component: str, dtype: torch.dtype) -> bool:
     """Whether the files of the encoder keep most of their numbers in 8 bits; False until they are there."""
     name = str(dtype).removeprefix("torch.")
     return source.present([component], name) and source.precision(component, name).startswith("float8")
+
+
+def t5_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The shapes of an encoder's tensors by its config alone, before there are files of it."""
+    settings = T5Config(**config)
+    width, inner, hidden = settings.d_model, settings.num_heads * settings.d_kv, settings.d_ff
+    shapes: Shapes = {TABLE: (settings.vocab_size, width), "encoder.final_layer_norm.weight": (width,)}
+    inwards = ("wi_0", "wi_1") if settings.is_gated_act else ("wi",)
+    for index in range(settings.num_layers):
+        attention, feed_forward = (f"encoder.block.{index}.layer.{place}" for place in (0, 1))
+        shapes |= {f"{attention}.SelfAttention.{name}.weight": (inner, width) for name in "qkv"}
+        shapes[f"{attention}.SelfAttention.o.weight"] = (width, inner)
+        shapes |= {f"{feed_forward}.DenseReluDense.{name}.weight": (hidden, width) for name in inwards}
+        shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (width, hidden)
+        shapes |= {f"{layer}.layer_norm.weight": (width,) for layer in (attention, feed_forward)}
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return shapes | {bias: (settings.relative_attention_num_buckets, settings.num_heads)}
 
 
 def t5_work(config: Mapping[str, Any], batch: int, length: int, dtype: torch.dtype) -> int:
