@@ -243,17 +243,20 @@ def vocabulary(words: Mapping[str, Sequence[str]], full: CatalogueEntry) -> str:
         f" and nothing else. For any other picture choose <b>{escape(full.name)}</b>, or a checkpoint of your"
         " own, under <b>Advanced</b>.</p>"
         f"<details><summary>The words it knows</summary><dl>{rows}</dl></details>"
-        f'<p class="terms">Terms of {escape(full.title)}: {escape(full.licence)}.{_link(full.url)}</p></div>'
+        f'<p class="terms">Terms of {_linked(full.title, full.url)}: {escape(full.licence)}.</p></div>'
     )
 
 
 def licence(title: str, text: str, page: str | None) -> str:
     terms = f"Licence of its weights: {escape(text)}." if text else "Licence unknown: see where it came from."
-    return f'<div class="note"><p><b>{escape(title)}</b>. {terms}{_link(page)}</p></div>'
+    return f'<div class="note"><p><b>{_linked(title, page)}</b>. {terms}</p></div>'
 
 
-def _link(page: str | None) -> str:
-    return f' <a href="{escape(page)}" target="_blank" rel="noopener">Visit its page</a>' if page else ""
+def _linked(title: str, page: str | None) -> str:
+    """The title as a link to the page where a licence can be read, or accepted."""
+    if page is None:
+        return escape(title)
+    return f'<a href="{escape(page)}" target="_blank" rel="noopener">{escape(title)}</a>'
 
 
 def problem(text: str) -> str:
