@@ -51,8 +51,9 @@ def load_t5(
 
     Tensors are read one at a time straight into the form they are kept in; what the file has in it stays
     mapped. Layers that a file has in float8 stay so too, unless they are quantised: T5 reads its prompts once
-    and leaves, so that widening them as they run takes no longer than at load, and half the memory. Raises InvalidRequest for a precision that cannot be had here, CheckpointError for tensors that are not
-    just those of the network.
+    and leaves, so that widening them as they run takes no longer than at load, and half the memory. Raises
+    InvalidRequest for a precision that cannot be had here, CheckpointError for tensors that are not just
+    those of the network.
     """
     if refused := t5_available(precision, device.type):
         raise InvalidRequest(f"t5 is {precision!r}, which cannot run here: {refused}")
