@@ -91,7 +91,7 @@ DEFAULTS = {"steps": 16, "guidance_scale": 3.5, "sampler": "euler", "width": 128
 VAE_RECIPE = Recipe(steps=6000, learning_rate=2.5e-3, average=0.997, seed=SEED)
 TEXT_RECIPE = Recipe(steps=2000, learning_rate=1.5e-3, average=0.99, seed=SEED)
 DECODER_RECIPE = Recipe(steps=7500, learning_rate=1.5e-3, average=0.997, seed=SEED + 1)
-MMDIT_RECIPE = Recipe(steps=6800, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
+MMDIT_RECIPE = Recipe(steps=8600, learning_rate=2e-3, warmup=200, average=0.998, seed=SEED)
 POLISH_RECIPE = Recipe(steps=1500, learning_rate=8e-4, average=0.995, seed=SEED + 2)
 BATCH = 64
 TIED = "encoder.embed_tokens.weight"  # T5's embedding by its other name
