@@ -104,11 +104,12 @@ where the autoencoder (about 30 dB on training pictures) loses edges; longer tra
 
 The Stable Diffusion 3 weights were trained in an hour and a quarter on two busy cores. Their three text
 encoders learned to read apart and were then left as they were; the network was trained without T5 in 40% of
-the cases, which is why it paints as well without. This recipe, too, was mended on the way: the numbers of
-steps changed while they ran, the decoder's training ended 250 steps early, and it was polished before the
-network's own training ended. The default settings were chosen on other prompts than those above. What is
-still soft: the sun and the moon are not quite round, walls at night are murky, and green balloons at night
-take on other colours, since the latents differ little there; at dawn the sun can look like the moon.
+the cases, so that it paints nearly as well without. This recipe, too, was mended on the way: the numbers of
+steps changed while they ran, so that the learning rate fell to nothing, rose a little and fell once more; the
+decoder's training ended 250 steps early, and it was polished before the network's own training ended. The
+default settings were chosen on some of the prompts above and on others, among which none was clearly better.
+What is still soft: the sun and the moon are not quite round, walls at night are murky, green balloons at
+night take on other colours, and at dawn the sun can look like the moon.
 
 The Stable Cascade weights were trained in an hour and a half on two busy cores. Their recipe has not been run
 in one go either: the numbers of steps changed on the way, and the statistics of the encoder that makes Stage
