@@ -73,9 +73,8 @@ def _sd3(
         family="sd3",
         title=title,
         repositories=(f"stabilityai/{repository}",),
-        licence="Stability AI Community License: free for research, and for commercial use below a yearly "
-        "revenue of 1 million US dollars, within the publisher's Acceptable Use Policy. Gated: its page asks "
-        "for an account that accepts the licence, and the download for a token of that account",
+        licence="Stability AI Community License: free below a yearly revenue of 1 million US dollars, within "
+        "the publisher's Acceptable Use Policy. Gated: accept it on its page, then give a token",
         url=f"https://huggingface.co/stabilityai/{repository}",
         defaults={
             "steps": steps,

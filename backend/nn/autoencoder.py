@@ -175,7 +175,7 @@ class Autoencoder(nn.Module):
     The networks that denoise work in model space: `to_model` and `from_model` convert.
     """
 
-    COMPILED = ("decoder",)
+    COMPILED = (ResnetBlock,)
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

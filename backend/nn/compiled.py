@@ -26,10 +26,9 @@ def no_compiler(device: str) -> str | None:
 
 
 def compile_parts(network: nn.Module) -> None:
-    """Compile, at their first use, the submodules that the network's class lists as `COMPILED`; of a list of
-    modules each one. Where a piece of one cannot be compiled, that piece runs as it is."""
+    """Compile, at their first use, the submodules of the classes that the network's own lists as `COMPILED`.
+    Where a piece of one cannot be compiled, that piece runs as it is."""
     torch._dynamo.config.suppress_errors = True  # pyright: ignore[reportPrivateImportUsage]
-    for name in getattr(network, "COMPILED", ()):
-        part = network.get_submodule(name)
-        for module in part if isinstance(part, nn.ModuleList) else [part]:
+    for module in network.modules():
+        if isinstance(module, getattr(network, "COMPILED", ())):
             module.compile(dynamic=True)

@@ -245,7 +245,7 @@ class Block(nn.Module):
 class MMDiT(nn.Module):
     """The whole: noisy latents, timesteps and text → the velocity, noise less picture."""
 
-    COMPILED = ("transformer_blocks",)
+    COMPILED = (Block,)
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()

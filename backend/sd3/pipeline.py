@@ -32,6 +32,7 @@ from backend.text.t5 import (
     load_t5_tokenizer,
     t5_available,
     t5_bytes,
+    t5_is_float8,
     t5_length,
     t5_shapes,
     t5_work,
@@ -182,7 +183,7 @@ def pipeline(
         components=components,
         phases=phases,
         settings=job.settings(price),
-        decisions=(told(price, tried > 1, reason), *decisions),
+        decisions=(told(price, tried > 1, reason), *shortened(job, price), *decisions),
     )
 
 
@@ -221,6 +222,12 @@ def told(price: str, shrunk: bool, reason: str) -> str:
     return f"{how}: {why}." if why else f"{how}."
 
 
+def shortened(job: Job, price: str) -> tuple[str, ...]:
+    if price == "off" or job.tokens == job.request.max_sequence_length:
+        return ()
+    return (f"T5 reads {job.tokens} tokens of the prompt: this checkpoint's tokenizer gives no more.",)
+
+
 def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
     source, device = parts.source, parts.device
 
@@ -229,11 +236,12 @@ def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
 
     whole = parts.component(T5, dtype, load)
     config = source.config(T5)
+    narrow = device.type in ("cpu", "cuda") and t5_is_float8(source, T5, dtype)
     return replace(
         whole,
         identity=(whole.identity, price),
         precision=whole.precision if price == "full" else price,
-        bytes=t5_bytes(t5_shapes(config), config, price, dtype),
+        bytes=t5_bytes(t5_shapes(config), config, price, dtype, float8=narrow),
         passing=True,
     )
 

@@ -121,7 +121,7 @@ def test_auto_goes_down_the_prices_as_memory_gets_short(studio: Studio, tmp_path
         assert ("would not fit" in chosen.decisions[1]) == (t5 != "full")
 
 
-@pytest.mark.parametrize(("gib", "price"), [(24, "full"), (16, "int8"), (12, "nf4"), (8, "off")])
+@pytest.mark.parametrize(("gib", "price"), [(24, "full"), (16, "int8"), (13, "nf4"), (8, "off")])
 def test_published_weights_on_a_card(studio: Studio, gib: float, price: str) -> None:
     """Of what stays on the card only T5 leaves it, as yet."""
     plan = studio.plan(SD3Request(checkpoint="sd3-medium", dtype="float16"), Hardware.card(gib))
@@ -158,6 +158,12 @@ def test_a_price_that_a_device_cannot_pay_is_refused(studio: Studio, folder: Pat
         with pytest.raises(InvalidRequest, match=f"t5 is '{t5}', which cannot run here"):
             studio.plan(request(folder, t5=t5), apple)
     assert "T5 runs whole" in studio.plan(request(folder), apple).decisions[1]
+
+
+def test_a_tokenizer_that_gives_fewer_tokens_is_told(studio: Studio) -> None:
+    plan = studio.plan(SD3Request(t5="full", max_sequence_length=200))
+    assert "T5 reads 32 tokens of the prompt" in plan.decisions[2]
+    assert not any("tokens" in text for text in studio.plan(SD3Request(t5="off")).decisions)
 
 
 # ---- guidance
