@@ -81,8 +81,8 @@ class Inputs:
             (2, TOKENS, config["joint_attention_dim"]),
             (2, config["pooled_projection_dim"]),
         )
-        given = [torch.randn(shape).to(job.device, dtype) for shape in shapes]
-        return cls(*given, torch.full((2,), 500.0, device=job.device))
+        latents, text, pooled = (torch.randn(shape).to(job.device, dtype) for shape in shapes)
+        return cls(latents, text, pooled, torch.full((2,), 500.0, device=job.device))
 
     def latent(self) -> torch.Tensor:
         return self.latents[:1].contiguous(memory_format=torch.channels_last)

@@ -28,7 +28,7 @@ def no_compiler(device: str) -> str | None:
 def compile_parts(network: nn.Module) -> None:
     """Compile, at their first use, the submodules of the classes that the network's own lists as `COMPILED`.
     Where a piece of one cannot be compiled, that piece runs as it is."""
-    torch._dynamo.config.suppress_errors = True  # pyright: ignore[reportPrivateImportUsage]
+    torch._dynamo.config.suppress_errors = True
     for module in network.modules():
         if isinstance(module, getattr(network, "COMPILED", ())):
             module.compile(dynamic=True)

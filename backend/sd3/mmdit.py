@@ -46,11 +46,8 @@ class MMDiTConfig:
         """Read a published `transformer/config.json`. Raises CheckpointError for a kind of network of this
         class that is not built here."""
         require("transformer", config, {"qk_norm": (None, "rms_norm")})
-        made = read_config(
-            cls,
-            "transformer",
-            config | {"dual_attention_layers": config.get("dual_attention_layers") or None},
-        )
+        dual = config.get("dual_attention_layers") or None
+        made = read_config(cls, "transformer", {**config, "dual_attention_layers": dual})
         if made.caption_projection_dim != made.width:
             raise CheckpointError(
                 f"transformer config: caption_projection_dim is {made.caption_projection_dim}; it can be "
@@ -148,8 +145,8 @@ class Gelu(nn.Module):
         return F.gelu(self.proj(x), approximate="tanh")
 
 
-class Attention(nn.Module):
-    """The picture's tokens (B, I, D) attend to each other → the same."""
+class Projections(nn.Module):
+    """What both kinds of attention make of the picture's tokens (B, I, D)."""
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -162,10 +159,6 @@ class Attention(nn.Module):
         self.norm_q = head_norm(config) if norm else None
         self.norm_k = head_norm(config) if norm else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.picture(x)
-        return self.to_out[0](attend(q, k, v, self.heads))
-
     def picture(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values."""
         return self.by_head(self.norm_q, self.to_q(x)), self.by_head(self.norm_k, self.to_k(x)), self.to_v(x)
@@ -174,7 +167,15 @@ class Attention(nn.Module):
         return x if norm is None else norm(x.unflatten(-1, (self.heads, -1))).flatten(-2)
 
 
-class JointAttention(Attention):
+class Attention(Projections):
+    """The picture's tokens (B, I, D) attend to each other → the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.picture(x)
+        return self.to_out[0](attend(q, k, v, self.heads))
+
+
+class JointAttention(Projections):
     """Picture (B, I, D) and text (B, T, D) attend to both → the same; `last` needs no new text."""
 
     def __init__(self, config: MMDiTConfig, *, last: bool) -> None:

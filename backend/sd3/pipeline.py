@@ -256,7 +256,7 @@ def check_together(source: Source, transformer: MMDiTConfig, vae: AutoencoderCon
         )
     clips = [source.config(name) for name in CLIPS]
     widths, pooled = (sum(clip.get(key, 0) for clip in clips) for key in ("hidden_size", "projection_dim"))
-    links = [
+    links: list[tuple[str, Any, str, int]] = [
         ("transformer makes latents", transformer.out_channels, "vae takes", vae.latent_channels),
         ("vae makes latents", vae.latent_channels, "transformer takes", transformer.in_channels),
         (

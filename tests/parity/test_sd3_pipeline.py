@@ -76,14 +76,15 @@ def agree(one: np.ndarray, other: np.ndarray) -> None:
 def test_pictures_agree(folders: dict[str, Path], studio: Studio, checkpoint: str, t5: str) -> None:
     folder = folders[checkpoint]
     for guidance, extra in ((5.0, {"negative_prompt": NEGATIVE}), (1.0, {})):
-        call = {"prompt": PROMPT, "guidance_scale": guidance, **extra}
+        call: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": guidance, **extra}
         theirs = reference(folder, [7], t5=t5 == "full", num_inference_steps=3, height=64, width=96, **call)
         agree(ours(studio, folder, [7], t5=t5, steps=3, height=64, width=96, **call), theirs)
 
 
 def test_a_batch_agrees(folders: dict[str, Path], studio: Studio) -> None:
     """Seeds wrap around at 2³²."""
-    seeds, call = [2**32 - 2, 2**32 - 1, 0], {"prompt": PROMPT, "guidance_scale": 7.0}
+    seeds = [2**32 - 2, 2**32 - 1, 0]
+    call: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 7.0}
     theirs = reference(folders["medium"], seeds, num_inference_steps=2, height=64, width=64, **call)
     agree(ours(studio, folders["medium"], seeds, steps=2, height=64, width=64, **call), theirs)
 
@@ -91,7 +92,13 @@ def test_a_batch_agrees(folders: dict[str, Path], studio: Studio) -> None:
 @pytest.mark.parametrize("length", [77, 130, 512])
 def test_sequence_lengths_agree(folders: dict[str, Path], studio: Studio, length: int) -> None:
     prompt = " ".join(["red house on green hills,"] * 40)  # longer than all but the longest
-    call = {"prompt": prompt, "max_sequence_length": length, "guidance_scale": 4.0, "height": 64, "width": 64}
+    call: dict[str, Any] = {
+        "prompt": prompt,
+        "max_sequence_length": length,
+        "guidance_scale": 4.0,
+        "height": 64,
+        "width": 64,
+    }
     for t5 in ("full", "off"):
         theirs = reference(folders["medium"], [3], t5=t5 == "full", num_inference_steps=2, **call)
         agree(ours(studio, folders["medium"], [3], t5=t5, steps=2, **call), theirs)
@@ -99,21 +106,21 @@ def test_sequence_lengths_agree(folders: dict[str, Path], studio: Studio, length
 
 def test_native_size_and_clip_skip_agree(folders: dict[str, Path], studio: Studio) -> None:
     """Without guidance: for the negative prompt the reference leaves no layers out, others do."""
-    call = {"prompt": PROMPT, "clip_skip": 1, "guidance_scale": 1.0}
+    call: dict[str, Any] = {"prompt": PROMPT, "clip_skip": 1, "guidance_scale": 1.0}
     theirs = reference(folders["other"], [5], num_inference_steps=2, **call)
     agree(ours(studio, folders["other"], [5], steps=2, **call), theirs)
 
 
 @pytest.mark.parametrize("shift", [1.0, 6.0])
 def test_a_shift_agrees(folders: dict[str, Path], studio: Studio, shift: float) -> None:
-    call = {"prompt": PROMPT, "guidance_scale": 5.0, "height": 64, "width": 64}
+    call: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 5.0, "height": 64, "width": 64}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs = reference(folders["medium"], [9], scheduler=scheduler, num_inference_steps=4, **call)
     agree(ours(studio, folders["medium"], [9], steps=4, shift=shift, **call), theirs)
 
 
 def test_dpmpp_2m_agrees(folders: dict[str, Path], studio: Studio) -> None:
-    call = {"prompt": PROMPT, "guidance_scale": 5.0, "height": 64, "width": 64}
+    call: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 5.0, "height": 64, "width": 64}
     scheduler = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
     )
@@ -123,12 +130,12 @@ def test_dpmpp_2m_agrees(folders: dict[str, Path], studio: Studio) -> None:
 
 def test_skip_layer_guidance_agrees(folders: dict[str, Path], studio: Studio) -> None:
     folder = folders["3.5-medium"]
-    call = {"prompt": PROMPT, "guidance_scale": 4.5, "height": 64, "width": 64}
+    call: dict[str, Any] = {"prompt": PROMPT, "guidance_scale": 4.5, "height": 64, "width": 64}
     theirs = reference(
         folder, [1, 2], num_inference_steps=5, skip_guidance_layers=[1], skip_layer_guidance_scale=2.8,
         skip_layer_guidance_start=0.01, skip_layer_guidance_stop=0.7, **call,
     )  # fmt: skip
-    skipping = {
+    skipping: dict[str, Any] = {
         "skip_layer_guidance_scale": 2.8,
         "skip_guidance_layers": (1,),
         "skip_layer_guidance_stop": 0.7,
@@ -143,7 +150,7 @@ def test_a_single_file_paints_the_same_picture(
     folders: dict[str, Path], studio: Studio, tmp_path: Path, checkpoint: str
 ) -> None:
     folder = folders[checkpoint]
-    asked = {"prompt": PROMPT, "steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64}
+    asked: dict[str, Any] = {"prompt": PROMPT, "steps": 2, "guidance_scale": 5.0, "height": 64, "width": 64}
     whole = {t5: ours(studio, folder, [4], t5=t5, **asked) for t5 in ("full", "off")}
     for clips, t5 in ((False, None), (True, None), (True, "float32")):
         file = sd3_single_file(tmp_path / f"{clips}-{t5}.safetensors", folder, clips=clips, t5=t5)
