@@ -88,7 +88,11 @@ def _parser() -> Parser:
     add("--models-dir", type=Path, metavar="DIR", help="where checkpoints are kept and looked for")
     add("--home", default=default.home, type=Path, metavar="DIR", help="where pictures and history go")
     add("--offline", action="store_true", help="never use the network")
-    add("--compile", action="store_true", help="compile the networks: a slower first picture, faster others")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile what networks repeat: a slower first picture, faster others",
+    )
     add("--public", action="store_true", help="strangers may come: only checkpoints of the catalogue")
     return parser
 

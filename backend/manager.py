@@ -93,8 +93,7 @@ class Manager:
 
 
 def release() -> None:
-    """Hand freed memory back to the system, not only to the allocator; quantised weights know the module that
-    holds them, so only the collector frees them."""
+    """Hand freed memory back to the system, not only to the allocator."""
     gc.collect()
     import torch
 

@@ -133,6 +133,11 @@ class SD3Request(Request):
         number(self, "skip_layer_guidance_scale", 0.0, 10.0)
         for name in ("skip_layer_guidance_start", "skip_layer_guidance_stop"):
             number(self, name, 0.0, 1.0)
+        start, stop = self.skip_layer_guidance_start, self.skip_layer_guidance_stop
+        if start > stop:
+            raise InvalidRequest(
+                f"skip_layer_guidance_start is {start:g}; it can be up to skip_layer_guidance_stop, {stop:g}"
+            )
         layers: Any = self.skip_guidance_layers
         if layers is not None:
             if not isinstance(layers, list | tuple) or not all(map(_is_layer, layers)):

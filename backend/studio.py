@@ -122,7 +122,8 @@ class Studio:
         request = SD15Request(seed=0, steps=1)
         with self._device_lock:
             here = self._machine()
-            pipeline = self._pipeline(request, _seeds(request), here)
+            compiled, _ = self._compiler(here)
+            pipeline = self._pipeline(request, _seeds(request), here, compiled=compiled)
             deque(self._run_phases(pipeline, threading.Event(), {}, {}, []), maxlen=0)
 
     def unload(self) -> None:
@@ -291,8 +292,9 @@ class Studio:
         name = request.dtype if request.dtype != "auto" else self.settings.dtype
         if name == "auto":
             # CPUs compute in bf16 or fp32 only
-            fastest = _room(request.family, "pipeline").AUTO_DTYPE
-            name = fastest if here.device != "cpu" else "bfloat16" if here.bf16 else "float32"
+            on_cpu = ("bfloat16", "float32")
+            wished = on_cpu if here.device == "cpu" else _room(request.family, "pipeline").AUTO_DTYPES
+            name = next((name for name in wished if name != "bfloat16" or here.bf16), wished[-1])
         return getattr(torch, name)
 
     def _plan(self, pipeline: Pipeline, here: Hardware) -> Plan:

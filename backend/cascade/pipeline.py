@@ -39,7 +39,7 @@ from backend.text.prompts import encode_pooled_prompts
 from backend.weights.parts import Parts, completed, dtype_name, finite, layout_of
 from backend.weights.source import Source
 
-AUTO_DTYPE = "bfloat16"  # what "auto" means where the device computes in it: Stage C must not run in float16
+AUTO_DTYPES = ("bfloat16",)  # what "auto" means off the CPU: Stage C must not run in float16
 CLIP_WIDTH = 512  # what a CLIP config that does not tell means, in transformers
 C_COMPRESSION = 42.67  # pixels to a latent pixel of Stage C, along a side; 1024 → 24
 TITLES = {"stage_c": "Stage C", "stage_b": "Stage B"}
@@ -349,7 +349,7 @@ def encode(parts: Mapping[str, Any], job: Job, prior: UNetConfig) -> Generator[P
 
     def read(*prompts: str) -> tuple[Tensor, Tensor]:
         return encode_pooled_prompts(
-            encoder, tokenizer, prompts, raw=request.raw_prompt, skip=request.clip_skip, masked=True
+            encoder, tokenizer, prompts, raw=request.raw_prompt, clip_skip=request.clip_skip, masked=True
         )
 
     if job.guided["stage_c"]:

@@ -113,6 +113,8 @@ def make_plan(
     weights = largest.peak_bytes - largest.work_bytes
     where = hardware.name if hardware.device != "cpu" else "the CPU"
     advice = _advice(weights > budget, {precision for _, precision in components.values()})
+    if passing and resident + max(phase.work_bytes for phase in planned) <= budget:
+        advice = f"All but {' and '.join(passing)} fits: it can run smaller, or be left out."
     if peak <= budget:
         stays = f"All but {' and '.join(passing)} stays" if passing else "Everything stays"
         verdict = f"{stays} in memory on {where}: {gib(peak)} of the {gib(budget)} at hand."

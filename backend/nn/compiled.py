@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+RECOMPILES = 64
+
 
 @cache
 def no_compiler(device: str) -> str | None:
@@ -29,6 +31,8 @@ def compile_parts(network: nn.Module) -> None:
     """Compile, at their first use, the submodules of the classes that the network's own lists as `COMPILED`.
     Where a piece of one cannot be compiled, that piece runs as it is."""
     torch._dynamo.config.suppress_errors = True
+    # by code, whatever the checkpoint: kinds of blocks × precisions × one picture or several
+    torch._dynamo.config.cache_size_limit = RECOMPILES
     for module in network.modules():
         if isinstance(module, getattr(network, "COMPILED", ())):
             module.compile(dynamic=True)

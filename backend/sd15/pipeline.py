@@ -30,7 +30,7 @@ from backend.weights.source import Source
 
 # What "auto" means on a device that computes in it: fp16 keeps three more bits than bf16, and no network of
 # this family overflows but the VAE, whose decode is repeated in fp32.
-AUTO_DTYPE = "float16"
+AUTO_DTYPES = ("float16",)
 
 # Published linear approximation of the decoder: model-space latents → RGB in [-1, 1]. For previews only.
 LATENT_RGB = {

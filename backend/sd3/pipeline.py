@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from backend.decoding import decode_phase
 from backend.errors import CheckpointError, InvalidRequest
+from backend.events import Notice
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.nn.pictures import linear_previews
 from backend.phases import Component, Phase, Pipeline, Progress
@@ -25,8 +26,9 @@ from backend.sampling.noise import Noise
 from backend.sd3.defaults import defaults
 from backend.sd3.mmdit import MMDiT, MMDiTConfig
 from backend.text.encoders import load_projected_clip_text, load_tokenizer
-from backend.text.prompts import encode_pooled_prompts
+from backend.text.prompts import check_clip_skip, encode_pooled_prompts
 from backend.text.t5 import (
+    count_t5,
     encode_t5,
     load_t5,
     load_t5_tokenizer,
@@ -40,11 +42,13 @@ from backend.text.t5 import (
 from backend.weights.parts import Parts, completed
 from backend.weights.source import Source
 
-# What "auto" means on a device that computes in it: the published weights are fp16.
-AUTO_DTYPE = "float16"
+# What "auto" means off the CPU, the first that the device computes in. In float16 a fifth of T5 stays in
+# float32, 1.9 GiB more, which on many cards is all that there is between 8 bits a weight and none of it.
+AUTO_DTYPES = ("bfloat16", "float16")
 
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 T5 = "text_encoder_3"
+EARLY = 1  # of the CLIPs' last layers that are always left out
 PRICES = ("full", "int8", "nf4", "off")  # of T5, the best first
 SKIPPED = (7 / 24, 8 / 24, 9 / 24)  # the blocks that 3.5-medium's skip-layer guidance leaves out
 
@@ -100,7 +104,7 @@ class Job:
         """Whether skip-layer guidance works on this step, counted from 0."""
         request = self.request
         start, stop = request.skip_layer_guidance_start, request.skip_layer_guidance_stop
-        on = self.guided and request.skip_layer_guidance_scale > 0
+        on = self.guided and bool(self.skipped) and request.skip_layer_guidance_scale > 0
         return on and start * self.steps < step < stop * self.steps
 
     def settings(self, t5: str) -> dict[str, Any]:
@@ -151,6 +155,8 @@ def pipeline(
     job = complete(request, source, seeds, config.num_layers)
     check_together(source, config, vae_config)
     check_size(job, config, vae_config)
+    for name in CLIPS:
+        check_clip_skip(source.config(name).get("num_hidden_layers", 12), request.clip_skip, EARLY)
 
     def clip(name: str) -> Component:
         def load() -> tuple[Any, Any]:
@@ -183,7 +189,7 @@ def pipeline(
         components=components,
         phases=phases,
         settings=job.settings(price),
-        decisions=(told(price, tried > 1, reason), *shortened(job, price), *decisions),
+        decisions=(told(price, tried > 1, reason), *shortened(job, price), *idle(job), *decisions),
     )
 
 
@@ -202,8 +208,8 @@ def choices(request: SD3Request, source: Source, device: torch.device) -> tuple[
         return can_run, ""
     if lacking:
         raise CheckpointError(
-            f"t5 is {request.t5!r}, and {lacking}; set config_from to a folder or hub repository with one, "
-            "or t5 to 'off'"
+            f"t5 is {request.t5!r}, and {lacking}; set t5 to 'off', or, for a single file, config_from to a "
+            "folder or hub repository with one"
         )
     if refused := t5_available(request.t5, device.type):
         raise InvalidRequest(f"t5 is {request.t5!r}, which cannot run here: {refused}")
@@ -226,6 +232,14 @@ def shortened(job: Job, price: str) -> tuple[str, ...]:
     if price == "off" or job.tokens == job.request.max_sequence_length:
         return ()
     return (f"T5 reads {job.tokens} tokens of the prompt: this checkpoint's tokenizer gives no more.",)
+
+
+def idle(job: Job) -> tuple[str, ...]:
+    """What is said of skip-layer guidance that never comes to work."""
+    if job.request.skip_layer_guidance_scale == 0 or any(map(job.skips, range(job.steps))):
+        return ()
+    why = "no step of these is in its share" if job.guided and job.skipped else "there is nothing to guide"
+    return (f"Skip-layer guidance does nothing: {why}.",)
 
 
 def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
@@ -352,7 +366,7 @@ def encode_clip(parts: Mapping[str, Any], job: Job) -> Generator[Progress, None,
         tokenizer, encoder = parts[name]
         # the features are those before the last layer, the pooled ones those after it
         tokens, summary = encode_pooled_prompts(
-            encoder, tokenizer, job.prompts, raw=request.raw_prompt, skip=request.clip_skip + 1
+            encoder, tokenizer, job.prompts, raw=request.raw_prompt, clip_skip=request.clip_skip, early=EARLY
         )
         features.append(tokens)
         pooled.append(summary)
@@ -366,9 +380,12 @@ def encode_clip(parts: Mapping[str, Any], job: Job) -> Generator[Progress, None,
     return ClipText(torch.cat(features, dim=2), torch.cat(pooled, dim=1))
 
 
-def read_t5(parts: Any, job: Job) -> Generator[Progress, None, Tensor]:
+def read_t5(parts: Any, job: Job) -> Generator[Progress | Notice, None, Tensor]:
     """→ features (P, L, D)."""
     tokenizer, encoder = parts
+    longest = max(count_t5(tokenizer, prompt, raw=job.request.raw_prompt) for prompt in job.prompts)
+    if longest > job.tokens:
+        yield Notice(text=f"T5 reads {job.tokens} tokens, and the prompt has {longest}: the rest was cut.")
     features = encode_t5(encoder, tokenizer, job.prompts, job.tokens, raw=job.request.raw_prompt)
     yield Progress(step=1, steps=1)
     return features

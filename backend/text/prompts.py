@@ -178,7 +178,7 @@ def encode_prompts(
     `clip_skip` leaves out that many of the last layers. Raises what `tokenise` does, and InvalidRequest for
     a `clip_skip` that the encoder has no layers for.
     """
-    _check_layers(encoder, clip_skip)
+    check_clip_skip(encoder.config.num_hidden_layers, clip_skip)
     tokens = tokenise(tokenizer, encoder, prompts, raw=raw)
     if clip_skip:
         states = encoder(input_ids=tokens.ids, output_hidden_states=True).hidden_states
@@ -195,28 +195,30 @@ def encode_pooled_prompts(
     prompts: Sequence[str],
     *,
     raw: bool = False,
-    skip: int = 0,
+    clip_skip: int = 0,
+    early: int = 0,
     masked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Prompts → features (B, n·L, D) before the final LayerNorm, and pooled and projected ones (B, D_pooled).
 
-    `skip` leaves out that many of the last layers for the features; the pooled ones, of each prompt's first
-    chunk, are of the last. `masked` hides the padding. Raises what `encode_prompts` does.
+    The features leave out `early` of the last layers, and `clip_skip` more; the pooled ones, of each prompt's
+    first chunk, are of the last. `masked` hides the padding. Raises what `encode_prompts` does.
     """
-    _check_layers(encoder, skip)
+    check_clip_skip(encoder.config.num_hidden_layers, clip_skip, early)
     tokens = tokenise(tokenizer, encoder, prompts, raw=raw)
     out = encoder(
         input_ids=tokens.ids, attention_mask=tokens.mask if masked else None, output_hidden_states=True
     )
     pooled = out.text_embeds.unflatten(0, (len(prompts), -1))[:, 0]
-    return tokens.joined(out.hidden_states[-(skip + 1)]), pooled
+    return tokens.joined(out.hidden_states[-(clip_skip + early + 1)]), pooled
 
 
-def _check_layers(encoder: PreTrainedModel, skip: int) -> None:
-    layers = encoder.config.num_hidden_layers
-    if not 0 <= skip < layers:
+def check_clip_skip(layers: int, clip_skip: int, early: int = 0) -> None:
+    """Raises InvalidRequest for more than an encoder has, `early` of whose layers are left out anyway."""
+    most = max(layers - early - 1, 0)
+    if not 0 <= clip_skip <= most:
         raise InvalidRequest(
-            f"clip_skip is {skip}; it can be 0 to {layers - 1}: this text encoder has {layers} layers"
+            f"clip_skip is {clip_skip}; it can be 0 to {most}: this text encoder has {layers} layers"
         )
 
 

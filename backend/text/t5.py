@@ -66,11 +66,16 @@ def load_t5(
     module = build_on_meta(lambda: T5EncoderModel(settings), what)
     expected = {name: meta for name, meta in module.state_dict().items() if name != TABLE_AGAIN}
     check_tensors(expected, {name: tensors[theirs] for name, theirs in names.items()}, what)
-    few = {
-        name: quantised(precision, tuple(meta.shape), device)
-        for name, meta in expected.items()
-        if _is_quantised(name, tuple(meta.shape), precision)
-    }
+    try:
+        few = {
+            name: quantised(precision, tuple(meta.shape), device)
+            for name, meta in expected.items()
+            if _is_quantised(name, tuple(meta.shape), precision)
+        }
+    except InvalidRequest as error:  # bitsandbytes is there and does not work: set by hand, "auto" took it
+        raise InvalidRequest(
+            f"t5 is {precision!r}, which cannot run here: {error}; set t5 to full or off"
+        ) from error
     for name in expected:
         tensor = tensors[names[name]]
         if name in few:
@@ -219,7 +224,7 @@ def _tokens(
     Brackets are taken out before the text is cut into tokens, so that they never change where it is cut; a
     token weighs what its last character does.
     """
-    runs = [(prompt, 1.0)] if raw else [(" ", 1.0) if run == BREAK else run for run in parse(prompt)]
+    runs = _runs(prompt, raw=raw)
     text = "".join(text for text, _ in runs)
     weight_at = [weight for text, weight in runs for _ in text]
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -230,3 +235,14 @@ def _tokens(
     assert isinstance(pad, int)
     filled = length - len(ids) - 1
     return [*ids, end, *[pad] * filled], [*weights, *[1.0] * (filled + 1)]
+
+
+def count_t5(tokenizer: PreTrainedTokenizerFast, prompt: str, *, raw: bool) -> int:
+    """How many tokens a prompt has, the one that ends it included."""
+    text = "".join(text for text, _ in _runs(prompt, raw=raw))
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+
+
+def _runs(prompt: str, *, raw: bool) -> list[tuple[str, float]]:
+    """The prompt as runs of text of one weight."""
+    return [(prompt, 1.0)] if raw else [(" ", 1.0) if run == BREAK else run for run in parse(prompt)]

@@ -280,7 +280,7 @@ def test_what_t5_costs_here(tab: Locator, client: Client) -> None:
     expect(tab.locator(".prices input:checked")).to_have_value("off")  # what is chosen stays
     expect(tab.get_by_label("number input for Shift")).to_have_value("3")
     expect(tab.get_by_label("Width", exact=True)).to_have_value("1024")
-    expect(tab.locator(".note")).to_contain_text("Gated: its page asks for an account")
+    expect(tab.locator(".note")).to_contain_text("Gated: accept it on its page")
     expect(tab.locator(".note a")).to_have_attribute("href", re.compile("stable-diffusion-3-medium"))
     tab.get_by_label("Precision").click()
     tab.get_by_role("option", name="32 bit").click()

@@ -68,6 +68,16 @@ print(len(result.images), *result.notices, sep="\\n")
     assert notices[0].startswith("Nothing is compiled: this machine has no compiler that works (")
 
 
+def test_what_is_loaded_beforehand_is_compiled_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "backend.weights.parts.compile_parts", lambda network: seen.append(type(network).__name__)
+    )
+    monkeypatch.setattr(compiled, "no_compiler", lambda device: None)
+    Studio(Settings(device="cpu", compile=True, home=tmp_path)).warm()
+    assert "Autoencoder" in seen
+
+
 def test_what_has_no_parts_to_compile_is_left_as_it_is() -> None:
     network = torch.nn.Linear(2, 2)
     compiled.compile_parts(network)

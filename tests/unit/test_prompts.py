@@ -183,12 +183,12 @@ def test_skipped_layers_leave_the_pooled_alone(
     assert states is not None
     last = encode("a red house", masked=False)
     for skip in (0, 1, 2):
-        features, pooled = encode("a red house", masked=False, skip=skip)
+        features, pooled = encode("a red house", masked=False, clip_skip=skip)
         assert close(features, states[-1 - skip])
         assert close(pooled, last[1])
     for skip in (-1, 3):
         with pytest.raises(InvalidRequest, match=f"clip_skip is {skip}; it can be 0 to 2"):
-            encode("a", skip=skip)
+            encode("a", clip_skip=skip)
 
 
 def test_the_padding_is_seen_by_nothing(encode: Any, encoder: CLIPTextModelWithProjection) -> None:

@@ -147,7 +147,7 @@ def test_a_checkpoint_without_t5_runs_without(studio: Studio, without_t5: Path) 
     assert "holds no text_encoder_3" in result.plan.decisions[1]
     for t5 in ("full", "int8", "nf4"):
         with pytest.raises(
-            CheckpointError, match=f"t5 is '{t5}', and .* holds no text_encoder_3; set config_from"
+            CheckpointError, match=f"t5 is '{t5}', and .* holds no text_encoder_3; set t5 to .off."
         ):
             studio.run(request(without_t5, t5=t5))
 
@@ -164,6 +164,37 @@ def test_a_tokenizer_that_gives_fewer_tokens_is_told(studio: Studio) -> None:
     plan = studio.plan(SD3Request(t5="full", max_sequence_length=200))
     assert "T5 reads 32 tokens of the prompt" in plan.decisions[2]
     assert not any("tokens" in text for text in studio.plan(SD3Request(t5="off")).decisions)
+
+
+@pytest.mark.parametrize(
+    ("gib", "bf16", "dtype", "said"),
+    [
+        (16, True, "bfloat16", "T5 runs whole"),
+        (12, True, "bfloat16", "8 bits"),
+        (12, False, "float16", "T5 does not run"),
+    ],
+)
+def test_auto_precision_leaves_room_for_t5(
+    studio: Studio, gib: float, bf16: bool, dtype: str, said: str
+) -> None:
+    studio.settings = dataclasses.replace(studio.settings, dtype="auto")
+    card = dataclasses.replace(Hardware.card(gib), bf16=bf16)
+    plan = studio.plan(SD3Request(checkpoint="sd3-medium"), card)
+    assert plan.phases[0].components[0].precision == dtype
+    assert said in plan.decisions[1]
+
+
+def test_what_does_not_fit_for_t5_alone_says_so(studio: Studio) -> None:
+    plan = studio.plan(SD3Request(checkpoint="sd3-medium", dtype="bfloat16", t5="full"), Hardware.card(10))
+    assert not plan.fits
+    assert "All but text_encoder_3 fits: it can run smaller, or be left out." in plan.decisions[0]
+
+
+def test_a_prompt_that_t5_cuts_is_told(studio: Studio, folder: Path) -> None:
+    long = "red house " * 60
+    (notice,) = studio.run(request(folder, prompt=long, max_sequence_length=77)).notices
+    assert notice == "T5 reads 77 tokens, and the prompt has 121: the rest was cut."
+    assert studio.run(request(folder, prompt=long, max_sequence_length=121)).notices == []
 
 
 # ---- guidance
@@ -189,6 +220,24 @@ def test_skip_layer_guidance_runs_in_its_share_of_the_steps(
     forwards.clear()
     studio.run(request(folder, **asked, guidance_scale=1.0))  # nothing to lead away from
     assert forwards == [(1, ())] * 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"guidance_scale": 1.0}, "there is nothing to guide"),
+        ({"skip_guidance_layers": ()}, "there is nothing to guide"),
+        ({"steps": 4}, "no step of these is in its share"),
+        ({}, None),
+        ({"skip_layer_guidance_scale": 0}, None),
+    ],
+)
+def test_skip_layer_guidance_that_does_nothing_says_so(
+    studio: Studio, folder: Path, asked: dict[str, Any], said: str | None
+) -> None:
+    fields = {"skip_layer_guidance_scale": 2.0, "steps": 20, **asked}
+    told = [text for text in studio.plan(request(folder, **fields)).decisions if "Skip-layer" in text]
+    assert told == ([f"Skip-layer guidance does nothing: {said}."] if said else [])
 
 
 @pytest.mark.parametrize(("layers", "due"), [(24, (7, 8, 9)), (38, (11, 13, 14)), (3, (1,)), (1, (0,))])
@@ -253,6 +302,7 @@ def test_defaults_are_those_of_the_published_one_that_it_is(
             {"skip_layer_guidance_stop": 1.5},
             "skip_layer_guidance_stop is 1.5; it can be a number from 0 to 1",
         ),
+        ({"skip_layer_guidance_start": 0.5}, "skip_layer_guidance_start is 0.5; it can be up to .*stop, 0.2"),
         ({"skip_guidance_layers": 7}, "skip_guidance_layers is 7; it can be a list of whole numbers from 0"),
         ({"skip_guidance_layers": [1.5]}, r"skip_guidance_layers is \[1.5\]"),
         ({"skip_guidance_layers": [True]}, r"skip_guidance_layers is \[True\]"),
@@ -266,6 +316,12 @@ def test_a_request_names_the_value_and_what_is_allowed(asked: dict[str, Any], me
 def test_layers_that_are_not_there_are_refused(studio: Studio, folder: Path) -> None:
     with pytest.raises(InvalidRequest, match="skip_guidance_layers holds 7; .* has the layers 0 to 2"):
         studio.plan(request(folder, skip_guidance_layers=(1, 7)))
+
+
+def test_more_layers_than_there_are_cannot_be_left_out(studio: Studio, folder: Path) -> None:
+    assert studio.plan(request(folder, clip_skip=1)).phases
+    with pytest.raises(InvalidRequest, match="clip_skip is 2; it can be 0 to 1: .* has 3 layers"):
+        studio.plan(request(folder, clip_skip=2))
 
 
 def test_a_picture_beyond_the_table_of_positions_is_refused(studio: Studio, folder: Path) -> None:
