@@ -14,6 +14,7 @@ from training.loop import Weights, log
 from training.postcards import known_words
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
+NOISE = 0.1  # of latents of unit variance
 EXAMPLES = [
     "a red lighthouse on green hills at sunset",
     "a blue house in snowy mountains at night, full moon",
@@ -54,10 +55,18 @@ def write_settings(folder: Path, defaults: dict[str, Any], latent_rgb: dict[str,
 
 
 def colour_fit(latents: Tensor, colours: Tensor) -> Tensor:
-    """Least squares from latents (N, C, h, w) to colours (N, 3, h, w): (C + 1, 3), the bias last."""
-    columns = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    with_bias = torch.cat([columns, torch.ones(len(columns), 1)], 1)
-    return torch.linalg.lstsq(with_bias, colours.permute(0, 2, 3, 1).flatten(0, 2)).solution
+    """Least squares from latents (N, C, h, w) to colours (N, 3, h, w): (C + 1, 3), the bias last.
+
+    Painted latents differ from encoded ones, as if by `NOISE`, which the fit expects: without, what nearly
+    equal channels differ in would weigh most. By the normal equations in float64: `lstsq` of millions of
+    float32 rows takes most channels for sums of others.
+    """
+    columns = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
+    with_bias = torch.cat([columns, columns.new_ones(len(columns), 1)], 1)
+    wanted = colours.permute(0, 2, 3, 1).flatten(0, 2).double()
+    noise = columns.new_full((with_bias.shape[1],), len(columns) * NOISE**2)
+    noise[-1] = 0
+    return torch.linalg.solve(with_bias.T @ with_bias + noise.diag(), with_bias.T @ wanted).float()
 
 
 def rounded(fit_to_rgb: Tensor) -> dict[str, Any]:
