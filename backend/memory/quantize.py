@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -32,7 +32,10 @@ OUTLIER = 6.0
 
 
 def unavailable(precision: str, device: str) -> str | None:
-    """Why weights of this precision cannot run on a device of this type; None where they can."""
+    """Why weights of this precision cannot run on a device of this type; None where they can.
+
+    Whether bitsandbytes works too shows when it is imported, which takes seconds: not here, before each run.
+    """
     if precision not in PRECISIONS:
         return None
     if device not in ("cpu", "cuda"):
@@ -191,7 +194,7 @@ def bitsandbytes() -> Any:
     with _quiet():
         try:
             import bitsandbytes
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # a package that does not fit torch or the driver raises anything
             raise InvalidRequest(
                 f"int8 and nf4 weights need the package bitsandbytes, which cannot be loaded: {error}"
             ) from error
@@ -202,15 +205,15 @@ def bitsandbytes() -> Any:
 def _quiet() -> Generator[None, None, None]:
     """While bitsandbytes is imported on a CPU with bf16, it asks the package `kernels`, if that is there, to
     download code from the hub, which only the layout that is not used here calls; else it warns."""
-    before, logger = sys.modules.get("kernels"), logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = {name: module for name, module in sys.modules.items() if name == "kernels"}
     level = logger.level
-    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]  (an import of it fails)
+    # None makes an import of it fail; others may use it, so that what was there comes back
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-        with suppress(KeyError):
-            del sys.modules["kernels"]
-        if before is not None:
-            sys.modules["kernels"] = before
+        sys.modules.pop("kernels", None)
+        sys.modules.update(before)

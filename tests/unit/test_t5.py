@@ -394,15 +394,22 @@ def test_without_bitsandbytes(source: Source, monkeypatch: pytest.MonkeyPatch) -
     load_t5(source, T5, "full", torch.float32, CPU)
 
 
+@pytest.mark.parametrize("error", ["OSError", "TypeError"])
 def test_with_a_bitsandbytes_that_cannot_be_loaded(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
-    (tmp_path / "bitsandbytes.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
+    (tmp_path / "bitsandbytes.py").write_text(
+        f"raise {error}('libcudart.so: cannot open shared object file')"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     quantize.bitsandbytes.cache_clear()
-    with pytest.raises(InvalidRequest, match=r"bitsandbytes, which cannot be loaded: libcudart\.so"):
+    before: Any = object()
+    monkeypatch.setitem(sys.modules, "kernels", before)
+    told = r"t5 is 'int8', .*bitsandbytes, which cannot be loaded: libcudart\.so.*; set t5 to full or off"
+    with pytest.raises(InvalidRequest, match=told):
         load_t5(source, T5, "int8", torch.float32, CPU)
+    assert sys.modules["kernels"] is before
     monkeypatch.undo()
     assert quantize.bitsandbytes().__file__ is not None
 
