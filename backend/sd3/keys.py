@@ -117,6 +117,12 @@ BLOCK = {
     ".context_block.mlp.fc2.": ".ff_context.net.2.",
 }
 
+# Encoders' layers: how their names begin, and what the config calls their number and the width.
+LAYERS = dict.fromkeys(
+    ("text_encoder", "text_encoder_2"),
+    (r"text_model\.encoder\.layers\.(\d+)\.", "num_hidden_layers", "hidden_size"),
+) | {"text_encoder_3": (r"encoder\.block\.(\d+)\.", "num_layers", "d_model")}
+
 # One matrix for queries, keys and values, and what each of the three is called here.
 STACKED = re.compile(r"(.*\.)(x|context)_block\.(attn2?)\.qkv\.(weight|bias)")
 TO_EACH = {"x": "to_{}", "context": "add_{}_proj"}
@@ -209,7 +215,7 @@ def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -
     """The config of a component whose tensors have these shapes, by our names.
 
     What shapes cannot tell comes from `settings`, a config of the same kind, or else from the published
-    values. Raises CheckpointError where a tensor that tells something is missing.
+    values. Raises CheckpointError where a tensor that tells something, or a layer of an encoder, is missing.
     """
     infer: dict[str, Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]] = {
         "transformer": _transformer_config,
@@ -227,7 +233,24 @@ def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -
         raise CheckpointError(
             f"{component}: its tensors' shapes are not those of such a network, so its config cannot be told"
         ) from error
+    if component in LAYERS:
+        _check_layers(component, shapes, known, told, "its settings say" if settings else "published")
     return {**known, **told}
+
+
+def _check_layers(
+    component: str, shapes: Shapes, known: Mapping[str, Any], told: Mapping[str, Any], whose: str
+) -> None:
+    """Refuse an encoder that lacks layers: the others are a network too, which would load and read nonsense.
+
+    How many are due is known of encoders of the same width.
+    """
+    pattern, count, width = LAYERS[component]
+    found = {int(number) for number in numbers(pattern, shapes)}
+    if known[width] == told[width] and len(found) != known[count]:
+        raise CheckpointError(f"{component} has {len(found)} layers, and {known[count]} are due, as {whose}")
+    if gaps := sorted(set(range(max(found))) - found):
+        raise CheckpointError(f"{component} lacks layers in between ({', '.join(map(str, gaps))})")
 
 
 def _transformer(named: Mapping[str, Origin]) -> dict[str, Origin]:

@@ -368,6 +368,55 @@ def test_t5_in_two_shards(folder: Path, broken: Path) -> None:
         source(broken).tensors("text_encoder_3", "float32")
 
 
+@pytest.mark.parametrize(
+    ("component", "start", "due"),
+    [
+        ("text_encoder", f"{CLIP_L}text_model.encoder.layers.", 3),
+        ("text_encoder_2", f"{CLIP_G}text_model.encoder.layers.", 3),
+        ("text_encoder_3", f"{T5}encoder.block.", 2),
+    ],
+)
+def test_encoders_that_lack_layers_are_refused(
+    folder: Path, tmp_path: Path, component: str, start: str, due: int
+) -> None:
+    file = sd3_single_file(tmp_path / "one.safetensors", folder, t5="float32")
+    remove(file, f"{start}{due - 1}.")
+    told = f"one.safetensors: {component} has {due - 1} layers, and {due} are due, as its settings say"
+    with pytest.raises(CheckpointError, match=told):
+        source(file, folder)
+
+
+@pytest.mark.parametrize(
+    ("component", "width", "due"), [("text_encoder", "hidden_size", 12), ("text_encoder_3", "d_model", 24)]
+)
+def test_without_settings_published_encoders_have_all_their_layers(
+    component: str, width: str, due: int
+) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    _, count, _ = keys.LAYERS[component]
+
+    def shapes(size: int, layers: int) -> dict[str, tuple[int, ...]]:
+        config: dict[str, Any] = {**keys.PUBLISHED[component], width: size, count: layers}
+        with torch.device("meta"):
+            if component == "text_encoder":
+                network: nn.Module = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+            else:
+                network = T5EncoderModel(T5Config(**config))
+        return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+    published = keys.PUBLISHED[component][width]
+    assert keys.config(component, shapes(published, due), None)[count] == due
+    assert keys.config(component, shapes(published // 2, 4), None)[count] == 4  # another network
+    told = f"{component} has {due // 2} layers, and {due} are due, as published"
+    with pytest.raises(CheckpointError, match=told):
+        keys.config(component, shapes(published, due // 2), None)
+    start = "encoder.block.2." if component == "text_encoder_3" else "text_model.encoder.layers.2."
+    gap = {name: shape for name, shape in shapes(published // 2, 4).items() if not name.startswith(start)}
+    with pytest.raises(CheckpointError, match=rf"{component} lacks layers in between \(2\)"):
+        keys.config(component, gap, None)
+
+
 # --- what a file lacks -------------------------------------------------------------------------------------
 
 
@@ -615,7 +664,7 @@ def test_what_is_planned_before_a_download_is_each_checkpoints_own(tmp_path: Pat
             assert size == pytest.approx(2 * numel(lambda config=config: MMDiT(config)), rel=1e-5)
             assert all(map(unseen.has, (*keys.COMPONENTS, *TOKENIZERS, "scheduler")))
             assert not unseen.present(["text_encoder_3"], "bfloat16")
-        assert "accepts the licence" in entry.licence
+        assert "Gated: accept it on its page" in entry.licence
         assert entry.defaults["shift"] == 3.0
     somebodys = resolve("somebody/finetune", "sd3", settings)
     assert somebodys.config("transformer") == keys.PUBLISHED["transformer"]
