@@ -33,7 +33,7 @@ class Job:
     dtype: str
     size: int
     t5: str = "full"
-    steps: int = 2
+    steps: int = 1
 
 
 Forward = Callable[[], Any]

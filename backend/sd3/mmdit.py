@@ -152,6 +152,7 @@ class Projections(nn.Module):
         super().__init__()
         width, norm = config.width, config.qk_norm is not None
         self.heads = config.num_attention_heads
+        # not fused: one product of all three takes as long (0.32 s for 0.30, 8192 tokens on one CPU core)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
