@@ -21,7 +21,7 @@ import torch
 from benchmarks.cascade import timed
 from benchmarks.side import PROMPT
 
-TOKENS, REPEATS = 77 + 256, 2
+TOKENS, REPEATS = 77 + 256, 1
 NETWORKS = ("transformer", "vae")
 
 
