@@ -159,7 +159,7 @@ def test_a_file_without_t5(client: Client, folder: Path, without_t5: str) -> Non
     there: dict[str, Any] = {"checkpoint": without_t5, "width": 64, "height": 64}
     clips = str(folder)
     for t5 in ("full", "int8", "nf4"):
-        message = rf"t5 is '{t5}', and .*holds no text_encoder_3; set config_from .* or t5 to 'off'"
+        message = rf"t5 is '{t5}', and .*holds no text_encoder_3; set t5 to 'off', or, .* config_from"
         with pytest.raises(AppError, match=message):
             plan(client, **there, t5=t5)
     assert T5 not in parts(plan(client, **there))
@@ -202,7 +202,9 @@ def test_choices_that_cannot_be_had(without_t5: str) -> None:
     said, info = costs(SD3Request(checkpoint=without_t5, width=64, height=64))
     assert said["auto"] == "automatic: off"
     assert said["full"] == "whole · not here"
-    assert info.endswith("set config_from to a folder or hub repository with one, or t5 to 'off'.")
+    assert info.endswith(
+        "set t5 to 'off', or, for a single file, config_from to a folder or hub repository with one."
+    )
     assert " Not whole, 8 bits, 4 bits: " in info
 
 

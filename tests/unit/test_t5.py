@@ -358,8 +358,8 @@ def test_peak_memory_while_it_is_read(large: Path, precision: str) -> None:
     assert peak <= size + largest
     # what the files have in it stays mapped: all that is whole, else `wo` and little more
     copied = 0 if precision == "full" else size - 10 * 4096 * 1024 * 2
-    # and what passes takes about 50 MB of the allocator's room (100 MB of 3.6 GB, T5-XXL read as int8)
-    assert copied - 10e6 < after <= peak <= copied + largest
+    # and what passes takes some of the allocator's room (45 to 55 MB here; 100 MB of 3.6 GB, T5-XXL as int8)
+    assert copied - 10e6 < after <= peak <= copied + 100e6
 
 
 IMPORT = """
