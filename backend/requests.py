@@ -79,12 +79,7 @@ class SD15Request(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps is not None:
-            whole(self, "steps", 1, 150)
-        if self.guidance_scale is not None:
-            number(self, "guidance_scale", 0.0, 30.0)
-        if self.sampler is not None:
-            choice(self, "sampler", tuple(SAMPLER_INFO))
+        single_stage(self, tuple(SAMPLER_INFO))
 
 
 T5 = ("auto", "full", "int8", "nf4", "off")
@@ -120,12 +115,7 @@ class SD3Request(Request):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps is not None:
-            whole(self, "steps", 1, 150)
-        if self.guidance_scale is not None:
-            number(self, "guidance_scale", 0.0, 30.0)
-        if self.sampler is not None:
-            choice(self, "sampler", tuple(FLOW_SAMPLER_INFO))
+        single_stage(self, tuple(FLOW_SAMPLER_INFO))
         if self.shift is not None:
             number(self, "shift", 0.1, 20.0)
         choice(self, "t5", T5)
@@ -204,6 +194,16 @@ class StableCascadeRequest(Request):
 REQUESTS: dict[str, type[Request]] = {
     request.family: request for request in (SD15Request, SD3Request, StableCascadeRequest)
 }
+
+
+def single_stage(request: SD15Request | SD3Request, samplers: tuple[str, ...]) -> None:
+    """Check steps, guidance scale and sampler, where they are given."""
+    if request.steps is not None:
+        whole(request, "steps", 1, 150)
+    if request.guidance_scale is not None:
+        number(request, "guidance_scale", 0.0, 30.0)
+    if request.sampler is not None:
+        choice(request, "sampler", samplers)
 
 
 def whole(request: Request, name: str, low: int, high: int, *, multiple: int = 1, extra: str = "") -> None:
