@@ -170,18 +170,18 @@ def pipeline(
         "vae": parts.network("vae", dtype, lambda: Autoencoder(vae_config)),
     }
     prices, reason = choices(request, source, device)
+    size = (job.height // vae_config.scale, job.width // vae_config.scale)
     components: dict[str, Component] = {}
     phases: tuple[Phase, ...] = ()
     decisions: tuple[str, ...] = ()
-    price, tried = "off", 0
+    price = prices[0]
     for price in prices:
-        tried += 1
         components = shared if price == "off" else {**shared, T5: t5_component(parts, price, dtype)}
         lasting = sum(part.bytes for part in components.values() if not part.passing)
         decoding, decisions = decode_phase(
             vae_config, (job.height, job.width), dtype=dtype, device=device, room_bytes=budget_bytes - lasting
         )
-        phases = (*_phases(job, source, config, components, dtype, device), decoding)
+        phases = (*_phases(job, source, config, size, components, dtype, device), decoding)
         passing = components[T5].bytes if T5 in components else 0
         if lasting + max(p.work_bytes + passing * (T5 in p.components) for p in phases) <= budget_bytes:
             break
@@ -189,7 +189,7 @@ def pipeline(
         components=components,
         phases=phases,
         settings=job.settings(price),
-        decisions=(told(price, tried > 1, reason), *shortened(job, price), *idle(job), *decisions),
+        decisions=(told(price, price != prices[0], reason), *shortened(job, price), *idle(job), *decisions),
     )
 
 
@@ -249,13 +249,12 @@ def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
         return load_t5_tokenizer(source), load_t5(source, T5, price, dtype, device)
 
     whole = parts.component(T5, dtype, load)
-    config = source.config(T5)
     narrow = device.type in ("cpu", "cuda") and t5_is_float8(source, T5, dtype)
     return replace(
         whole,
         identity=(whole.identity, price),
         precision=whole.precision if price == "full" else price,
-        bytes=t5_bytes(t5_shapes(config), config, price, dtype, float8=narrow),
+        bytes=t5_bytes(t5_shapes(source.config(T5)), price, dtype, float8=narrow),
         passing=True,
     )
 
@@ -314,13 +313,13 @@ def _phases(
     job: Job,
     source: Source,
     config: MMDiTConfig,
+    size: tuple[int, int],
     components: Mapping[str, Component],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Phase, ...]:
+) -> list[Phase]:
+    """All but the last; `size` is height and width of the latents."""
     request, schedule = job.request, FlowConfig.from_dict(source.config("scheduler"))
-    vae_config = AutoencoderConfig.from_dict(source.config("vae"))
-    size = (job.height // vae_config.scale, job.width // vae_config.scale)
     rgb = source.extras().get("latent_rgb", LATENT_RGB if config.out_channels == 16 else None)
     words = (tuple(job.prompts), request.raw_prompt)
     clip_key = ("encode_clip", *(components[name].identity for name in CLIPS), *words, request.clip_skip)
@@ -334,29 +333,27 @@ def _phases(
         job.guidance_scale, job.sampler, job.shift, job.width, job.height, schedule, guidance,
     )  # fmt: skip
     prompts, item = len(job.prompts), dtype.itemsize
-    phases = [
-        Phase(
-            name="encode_clip", components=tuple(CLIPS), key=clip_key,
-            work_bytes=sum(clip_work(source.config(name), prompts, item) for name in CLIPS),
-            run=lambda parts, _: encode_clip(parts, job),
+    clip = Phase(
+        name="encode_clip", components=tuple(CLIPS), key=clip_key,
+        work_bytes=sum(clip_work(source.config(name), prompts, item) for name in CLIPS),
+        run=lambda parts, _: encode_clip(parts, job),
+    )  # fmt: skip
+    painting = Phase(
+        name="denoise", components=("transformer",), key=denoise_key,
+        work_bytes=denoise_work(config, prompts * len(job.seeds), size, job.tokens, item),
+        run=lambda parts, results: denoise(
+            parts["transformer"], results["encode_clip"], results.get("encode_t5"), job, schedule, size,
+            dtype, device, rgb,
         ),
-        Phase(
-            name="denoise", components=("transformer",), key=denoise_key,
-            work_bytes=denoise_work(config, prompts * len(job.seeds), size, job.tokens, item),
-            run=lambda parts, results: denoise(
-                parts["transformer"], results["encode_clip"], results.get("encode_t5"), job, schedule, size,
-                dtype, device, rgb,
-            ),
-        ),
-    ]  # fmt: skip
-    if T5 in components:
-        t5 = Phase(
-            name="encode_t5", components=(T5,), key=t5_key,
-            work_bytes=t5_work(source.config(T5), prompts, job.tokens, dtype),
-            run=lambda parts, _: read_t5(parts[T5], job),
-        )  # fmt: skip
-        phases.insert(1, t5)
-    return tuple(phases)
+    )  # fmt: skip
+    if T5 not in components:
+        return [clip, painting]
+    t5 = Phase(
+        name="encode_t5", components=(T5,), key=t5_key,
+        work_bytes=t5_work(source.config(T5), prompts, job.tokens, dtype),
+        run=lambda parts, _: read_t5(parts[T5], job),
+    )  # fmt: skip
+    return [clip, t5, painting]
 
 
 def encode_clip(parts: Mapping[str, Any], job: Job) -> Generator[Progress, None, ClipText]:

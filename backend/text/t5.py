@@ -118,9 +118,7 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if wide and dtype == torch.float16 else dtype
 
 
-def t5_bytes(
-    shapes: Shapes, config: Mapping[str, Any], precision: str, dtype: torch.dtype, *, float8: bool = False
-) -> int:
+def t5_bytes(shapes: Shapes, precision: str, dtype: torch.dtype, *, float8: bool = False) -> int:
     """The size of the encoder's weights as they run, from the shapes of its tensors; nothing is loaded.
 
     `float8` says that the file has them so, as `t5_is_float8` tells, and the device is none that widens them.

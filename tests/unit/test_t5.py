@@ -131,8 +131,8 @@ def test_every_tensor_has_its_precision(source: Source, precision: str, dtype: t
             assert tensor.dtype == torch.float32, name
         else:
             assert tensor.dtype == dtype, name
-    config, shapes = source.config(T5), source.shapes(T5, "float32")
-    assert t5_bytes(shapes, config, precision, dtype) == sum(t.nbytes for t in tensors.values())
+    shapes = source.shapes(T5, "float32")
+    assert t5_bytes(shapes, precision, dtype) == sum(t.nbytes for t in tensors.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -204,7 +204,7 @@ def test_what_rows_of_half_blocks_would_make_stays_whole(tmp_path: Path) -> None
     assert tensors["encoder.block.0.layer.0.SelfAttention.q.weight"].dtype == torch.bfloat16  # rows of 96
     assert tensors["encoder.block.0.layer.0.SelfAttention.o.weight"].dtype == torch.uint8  # rows of 64
     shapes = source.shapes(T5, "float32")
-    expected = t5_bytes(shapes, source.config(T5), "nf4", torch.bfloat16)
+    expected = t5_bytes(shapes, "nf4", torch.bfloat16)
     assert expected == sum(t.nbytes for t in tensors.values())
 
 
@@ -214,7 +214,7 @@ def test_published_sizes() -> None:
     shapes = {name: tuple(meta.shape) for name, meta in encoder.state_dict().items()}
     for dtype, sizes in ((torch.bfloat16, (9.53, 5.90, 4.31)), (torch.float16, (11.54, 7.91, 6.33))):
         for precision, size in zip(PRECISIONS, sizes, strict=True):
-            assert t5_bytes(shapes, PUBLISHED[T5], precision, dtype) == pytest.approx(size * 1e9, rel=0.01)
+            assert t5_bytes(shapes, precision, dtype) == pytest.approx(size * 1e9, rel=0.01)
     work = t5_work(PUBLISHED[T5], 2, 256, torch.bfloat16)
     assert 290e6 <= work <= 350e6  # measured: int8 290 MB, whole 121, nf4 78
 
@@ -273,7 +273,7 @@ def test_float8_files(copy: Path, precision: str, dtype: torch.dtype, narrow: to
     assert t5_is_float8(source, T5, dtype)
     encoder = load_t5(source, T5, precision, dtype, CPU)
     kept = stored(encoder)
-    size = t5_bytes(source.shapes(T5, "float32"), source.config(T5), precision, dtype, float8=True)
+    size = t5_bytes(source.shapes(T5, "float32"), precision, dtype, float8=True)
     assert size == sum(tensor.nbytes for tensor in kept.values())
     assert kept["encoder.block.0.layer.1.DenseReluDense.wo.stored"].dtype == narrow
     features = encode_t5(encoder, tokenizer, PROMPTS, 77, raw=False)
@@ -347,7 +347,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_peak_memory_while_it_is_read(large: Path, precision: str) -> None:
     source = opened(large)
-    size = t5_bytes(source.shapes(T5, "bfloat16"), source.config(T5), precision, torch.bfloat16)
+    size = t5_bytes(source.shapes(T5, "bfloat16"), precision, torch.bfloat16)
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(large), precision], capture_output=True, text=True, check=True
     )
