@@ -1,4 +1,4 @@
-"""What the machine has: devices, free memory, the precisions that run fast on them."""
+"""What the machine has: devices, free memory, what runs fast on them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,45 @@ import platform
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from backend.errors import InvalidRequest
 
 GIB = 1024**3
+AMPERE, ADA = (8, 0), (8, 9)  # bf16 and flash attention came with the one, fp8 with the other
+
+
+class Free(NamedTuple):
+    """Free bytes at one moment: of the device, of each further card, of the RAM."""
+
+    device: int
+    others: tuple[int, ...]
+    ram: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A CUDA card beside the first; `device` is torch's name of it, "cuda:1" and on."""
+
+    device: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int] | None
+    bf16: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One device and the memory around it, in bytes. On a CPU the device's memory is the RAM."""
+    """One device and the memory around it, in bytes. On a CPU the device's memory is the RAM.
+
+    Free is what neither others nor our own living tensors take; what our allocator keeps unused is free.
+    `capability` is CUDA's; `fused_attention` says that attention never holds all its scores. `others` are
+    further cards. `read` tells free memory anew; described hardware has none.
+    """
 
     device: str  # "cpu", "cuda" or "mps"
     name: str
@@ -26,14 +54,28 @@ class Hardware:
     ram_bytes: int
     ram_free_bytes: int
     bf16: bool
+    capability: tuple[int, int] | None = None
+    fused_attention: bool = True
+    others: tuple[Card, ...] = ()
+    read: Callable[[], Free] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def card(cls, gib: float, ram_gib: float = 32.0) -> Hardware:
-        """A CUDA card of `gib` GiB, otherwise free, in a machine with `ram_gib` GiB of free RAM."""
-        memory, ram = int(gib * GIB), int(ram_gib * GIB)
+    def card(
+        cls, gib: float, ram_gib: float = 32.0, *, count: int = 1, capability: tuple[int, int] = AMPERE
+    ) -> Hardware:
+        """`count` equal CUDA cards of `gib` GiB, otherwise free, beside `ram_gib` GiB of free RAM."""
+        name, memory, ram = f"a {gib:g} GiB card", int(gib * GIB), int(ram_gib * GIB)
+        bf16 = capability >= AMPERE
+        others = tuple(
+            Card(
+                device=f"cuda:{index}", name=name, total_bytes=memory, free_bytes=memory,
+                capability=capability, bf16=bf16,
+            )
+            for index in range(1, count)
+        )  # fmt: skip
         return cls(
-            device="cuda", name=f"a {gib:g} GiB card", total_bytes=memory, free_bytes=memory,
-            ram_bytes=ram, ram_free_bytes=ram, bf16=True,
+            device="cuda", name=name, total_bytes=memory, free_bytes=memory, ram_bytes=ram,
+            ram_free_bytes=ram, bf16=bf16, capability=capability, others=others,
         )  # fmt: skip
 
     @classmethod
@@ -42,36 +84,110 @@ class Hardware:
 
         Raises InvalidRequest for a device that is not here.
         """
-        ram, ram_free = ram_bytes()
         if device == "cpu":
-            return _cpu(ram, ram_free)
+            return _cpu()
         import torch
 
         if torch.cuda.is_available() and device in ("auto", "cuda"):
-            free, total = torch.cuda.mem_get_info()
-            free += torch.cuda.memory_reserved()  # what our own allocator holds is ours to use
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return cls(
-                device="cuda", name=torch.cuda.get_device_name(), total_bytes=total, free_bytes=free,
-                ram_bytes=ram, ram_free_bytes=ram_free, bf16=bf16,
-            )  # fmt: skip
+            return _cuda()
         if torch.backends.mps.is_available() and device in ("auto", "mps"):
-            total = torch.mps.recommended_max_memory()
-            free = min(total - torch.mps.driver_allocated_memory(), ram_free)
-            return cls(
-                device="mps", name="Apple GPU", total_bytes=total, free_bytes=free,
-                ram_bytes=ram, ram_free_bytes=ram_free, bf16=True,
-            )  # fmt: skip
+            return _mps()
         if device != "auto":
             raise InvalidRequest(f"device is {device!r}, which this machine lacks; it can be auto or cpu")
-        return _cpu(ram, ram_free)
+        return _cpu()
+
+    def now(self) -> Hardware:
+        """The same with its free memory read again; described hardware stays as it is."""
+        if self.read is None:
+            return self
+        free = self.read()
+        cards = zip(self.others, free.others, strict=True)
+        others = tuple(replace(card, free_bytes=left) for card, left in cards)
+        return replace(self, free_bytes=free.device, others=others, ram_free_bytes=free.ram)
+
+    @property
+    def flash(self) -> bool:
+        return self.capability is not None and self.capability >= AMPERE
+
+    @property
+    def fp8(self) -> bool:
+        return self.capability is not None and self.capability >= ADA
+
+    @property
+    def allows(self) -> tuple[str, ...]:
+        """What runs fast here, in words."""
+        words = {"bf16": self.bf16, "fp8": self.fp8, "flash attention": self.flash}
+        return tuple(word for word, here in words.items() if here)
 
 
-def _cpu(ram: int, ram_free: int) -> Hardware:
+def _cpu() -> Hardware:
+    total, free = ram_bytes()
     return Hardware(
-        device="cpu", name=platform.processor() or platform.machine() or "CPU", total_bytes=ram,
-        free_bytes=ram_free, ram_bytes=ram, ram_free_bytes=ram_free, bf16=cpu_has_bf16(),
+        device="cpu", name=platform.processor() or platform.machine() or "CPU", total_bytes=total,
+        free_bytes=free, ram_bytes=total, ram_free_bytes=free, bf16=cpu_has_bf16(), read=_cpu_free,
     )  # fmt: skip
+
+
+def _cpu_free() -> Free:
+    free = ram_bytes()[1]
+    return Free(free, (), free)
+
+
+def _cuda() -> Hardware:
+    import torch
+
+    first, *others = (_cuda_card(index) for index in range(torch.cuda.device_count()))
+    total, free = ram_bytes()
+    return Hardware(
+        device="cuda", name=first.name, total_bytes=first.total_bytes, free_bytes=first.free_bytes,
+        ram_bytes=total, ram_free_bytes=free, bf16=first.bf16, capability=first.capability,
+        others=tuple(others), read=partial(_cuda_free, 1 + len(others)),
+    )  # fmt: skip
+
+
+def _cuda_card(index: int) -> Card:
+    import torch
+
+    # AMD's cards answer as CUDA with numbers of their own; those that torch runs on all have bf16
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(index)
+    return Card(
+        device=f"cuda:{index}", name=torch.cuda.get_device_name(index),
+        total_bytes=torch.cuda.mem_get_info(index)[1], free_bytes=_card_free(index), capability=capability,
+        bf16=capability is None or capability >= AMPERE,
+    )  # fmt: skip
+
+
+def _cuda_free(count: int) -> Free:
+    first, *others = (_card_free(index) for index in range(count))
+    return Free(first, tuple(others), ram_bytes()[1])
+
+
+def _card_free(index: int) -> int:
+    """What the driver calls free, and what our allocator holds without using it."""
+    import torch
+
+    free = torch.cuda.mem_get_info(index)[0]
+    return free + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+
+
+def _mps() -> Hardware:
+    import torch
+
+    free, total = _mps_free(), ram_bytes()[0]
+    return Hardware(
+        device="mps", name="Apple GPU", total_bytes=torch.mps.recommended_max_memory(),
+        free_bytes=free.device, ram_bytes=total, ram_free_bytes=free.ram, bf16=True, fused_attention=False,
+        read=_mps_free,
+    )  # fmt: skip
+
+
+def _mps_free() -> Free:
+    """The device's memory is a part of the RAM: free is what both have left."""
+    import torch
+
+    used, ram = torch.mps.current_allocated_memory(), ram_bytes()[1]
+    unused = torch.mps.driver_allocated_memory() - used  # our allocator's
+    return Free(max(min(torch.mps.recommended_max_memory() - used, ram + unused), 0), (), ram)
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -95,18 +211,24 @@ def ram_bytes(
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
         )
         free = total // 2
+    limits = (
+        _container(cgroup, "memory.max", "memory.current", ""),
+        _container(cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    )
+    for limit, used in filter(None, limits):
+        total, free = min(total, limit), min(free, limit - used)
+    return total, max(free, 0)
+
+
+def _container(folder: Path, limit: str, usage: str, prefix: str) -> tuple[int, int] | None:
+    """A control group's limit and use, by the files' names in its version; None without a limit."""
     try:
-        limit = int((cgroup / "memory.max").read_text())
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         # pages of files can be dropped, so they do not count as used
-        used = (
-            int((cgroup / "memory.current").read_text())
-            - int(stat["inactive_file"])
-            - int(stat["active_file"])
-        )
+        files = sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+        return int((folder / limit).read_text()), int((folder / usage).read_text()) - files
     except (OSError, KeyError, ValueError):  # no container, or "max"
-        return total, free
-    return min(total, limit), max(min(free, limit - used), 0)
+        return None
 
 
 def anonymous_bytes() -> int:
@@ -125,15 +247,25 @@ def anonymous_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def current_bytes(device: str) -> int:
+    """What this process takes on the device ("cuda", "cuda:1", …) now; on a CPU its anonymous memory."""
+    if device == "cpu":
+        return anonymous_bytes()
+    import torch
+
+    return torch.mps.current_allocated_memory() if device == "mps" else torch.cuda.memory_allocated(device)
+
+
 class PeakMeter:
     """`with PeakMeter(device) as meter`: the highest memory seen meanwhile, in `meter.peak` (bytes).
 
-    CUDA counts its allocations itself; on a CPU a thread reads the anonymous memory every 20 ms.
+    CUDA counts its allocations itself, of several cards `peak` is the first's; elsewhere a thread reads
+    every 20 ms what `read`, or else `current_bytes`, tells.
     """
 
-    def __init__(self, device: str, read: Callable[[], int] = anonymous_bytes) -> None:
+    def __init__(self, device: str, read: Callable[[], int] | None = None) -> None:
         self._device = device
-        self._read = read
+        self._read = read or partial(current_bytes, device)
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._peak = 0
@@ -143,7 +275,7 @@ class PeakMeter:
         if self._device == "cuda":
             import torch
 
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated(0)
         self._peak = max(self._peak, self._read())
         return self._peak
 
@@ -151,7 +283,8 @@ class PeakMeter:
         if self._device == "cuda":
             import torch
 
-            torch.cuda.reset_peak_memory_stats()
+            for index in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(index)
         else:
             self._peak = self._read()
             self._thread = threading.Thread(target=self._watch, name="peak-meter", daemon=True)
