@@ -112,16 +112,14 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """The decoder runs its layers one by one: called at once, their first input would be held to the last, a
+    sixth of what the decoder takes in float32."""
+
     def __init__(self, in_channels: int, out_channels: int, *, layers: int, groups: int, last: bool) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * layers]
         self.resnets = nn.ModuleList(ResnetBlock(a, b, groups=groups, eps=EPS) for a, b in pairwise(widths))
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
 
 
 class Encoder(nn.Module):
@@ -164,8 +162,9 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            z = block(z)
+        parts = [part for block in self.up_blocks for part in block.children()]
+        for layer in [layer for part in parts for layer in part.children()]:
+            z = layer(z)
         return self.conv_out(F.silu(self.conv_norm_out(z), inplace=True))
 
 

@@ -131,7 +131,7 @@ class UNetConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, C) over itself or over the text (B, L, D) → (B, N, C)."""
+    """Multi-head attention of x (B, N, C) over the text (B, L, D), without one over itself → (B, N, C)."""
 
     def __init__(self, channels: int, context_dim: int, heads: int, upcast: bool) -> None:
         super().__init__()
@@ -142,7 +142,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         if self.upcast:  # SD2.1: the products overflow fp16
             q, k, v = q.float(), k.float(), v.float()
@@ -157,10 +158,10 @@ class GatedGelu(nn.Module):
         self.proj = nn.Linear(in_dim, 2 * out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # two products: the halves of one would be strided, and slower to read than to compute
-        weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        value, gate = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-        return F.gelu(gate).mul_(value)
+        # two products: the halves of one would be strided, and slower to read than to compute; the gate's
+        # first, so that no more than two of them are in memory at once
+        value, gate = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        return F.gelu(F.linear(x, *gate)).mul_(F.linear(x, *value))
 
 
 class FeedForward(nn.Module):
@@ -190,8 +191,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.norm1(x)
-        x = x + self.attn1(h, context if self.only_cross else h)
+        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -293,7 +293,7 @@ class MidBlock(Level):
 
 
 class UpBlock(Level):
-    """Takes its skip connections from the end of `skips`."""
+    """Takes its input and its skip connections from the end of `skips`: nobody else then holds on to them."""
 
     def __init__(self, config: UNetConfig, index: int) -> None:
         widths = config.block_out_channels
@@ -307,9 +307,11 @@ class UpBlock(Level):
         super().__init__(pairs, config, level, attentions=layers if attentive else 0)
         self.upsamplers = nn.ModuleList([Upsample(out)] if level else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        x = skips.pop()
         for index, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), time)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = resnet(x, time)
             if self.attentions:
                 x = self.attentions[index](x, context)
         for upsample in self.upsamplers:
@@ -356,7 +358,7 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             x, more = block(x, time, context)
             skips += more
-        x = self.mid_block(x, time, context)
+        skips.append(self.mid_block(x, time, context))
         for block in self.up_blocks:
-            x = block(x, skips, time, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+            skips.append(block(skips, time, context))
+        return self.conv_out(F.silu(self.conv_norm_out(skips.pop()), inplace=True))

@@ -236,6 +236,7 @@ class Block(nn.Module):
         x = x + gate * attended
         if second is not None:
             x = x + second
+        del attended, second  # two of 13 parts of what a dual block would hold at its widest, next
         x = x + ff_gate * self.ff(normalised(x, ff_shift, ff_scale))
         if self.ff_context is None or text_attended is None:
             return x, None
