@@ -20,11 +20,22 @@ from typing import NoReturn
 from backend import Settings, Studio
 from backend.errors import InvalidRequest, TriptychError
 from backend.memory.hardware import Hardware
-from backend.requests import DTYPES
-from backend.settings import DEVICES
+from backend.settings import CHOICES
 
 PREFIX = "TRIPTYCH_"
 ON, OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+MEANINGS = {
+    "device": "where to compute",
+    "dtype": "in which precision",
+    "offload": "what leaves the card for RAM while it waits: nothing (none), the networks of other phases "
+    "(model, as in model offload), all but the layer that computes (sequential: least memory, slowest)",
+    "attention": "the kernel of attention; what it cannot take is left to another",
+    "attention_slicing": "attend to some of the queries at a time: less memory, slower",
+    "vae_slicing": "decode one picture of a batch at a time",
+    "vae_tiling": "decode a picture in overlapping tiles, where it is larger than one: less memory, slower",
+    "t5": "how Stable Diffusion 3 runs T5 where a request leaves it open: whole, in 8 or 4 bits, not at all",
+    "device_map": "keep all on one card (single), or spread networks over several (balanced)",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,8 +93,9 @@ def _parser() -> Parser:
     add("--port", default=default.port, type=int, metavar="P", help="port to listen on; 0 takes a free one")
     add("--share", action="store_true", help="make a public share link")
     add("--auth", metavar="USER:PASSWORD", help="ask for this user and password")
-    add("--device", default=default.device, metavar="D", help=", ".join(DEVICES))
-    add("--dtype", default=default.dtype, metavar="T", help=", ".join(DTYPES))
+    for name, meaning in MEANINGS.items():
+        flag, words = f"--{name.replace('_', '-')}", ", ".join(CHOICES[name])
+        add(flag, default=getattr(default, name), metavar="X", help=f"{meaning}: {words}")
     add("--vram", type=float, metavar="GIB", help="use at most this much memory of the device")
     add("--models-dir", type=Path, metavar="DIR", help="where checkpoints are kept and looked for")
     add("--home", default=default.home, type=Path, metavar="DIR", help="where pictures and history go")

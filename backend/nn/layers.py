@@ -5,9 +5,19 @@ Letters in the shape comments: B batch, C channels, H W height and width, L toke
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from backend.errors import InvalidRequest
 
 
 class ResnetBlock(nn.Module):
@@ -91,16 +101,125 @@ class TimestepEmbedding(nn.Module):
 LONG, ROWS, SCORES = 512, 256, 2**22
 
 
+# What torch is to try, in this order: a kernel that cannot take some tensors (the VAE's head of 512, float32
+# for flash, masks) leaves those to the next.
+KERNELS = {
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "math": [SDPBackend.MATH],
+}
+BACKENDS = ("auto", *KERNELS, "xformers")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How `attend` works: by which kernel, "auto" the fastest, and with at most `rows` queries at once.
+
+    Few rows ("attention slicing") save memory where a kernel holds all scores of the queries it is given.
+    """
+
+    backend: str = "auto"
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise InvalidRequest(f"attention is {self.backend!r}; it can be {', '.join(BACKENDS)}")
+        if self.rows is not None and self.rows < 1:
+            raise InvalidRequest(f"rows is {self.rows}; it can be a whole number from 1, or None for all")
+
+
+AUTO = Attention()
+_policy = AUTO  # one request runs at a time
+
+
+@contextmanager
+def attention_by(policy: Attention) -> Generator[None, None, None]:
+    """Attend by `policy` meanwhile, the former one afterwards.
+
+    Raises InvalidRequest where tensors are met on a device that the backend does not run on.
+    """
+    global _policy  # noqa: PLW0603 (the alternative is an argument through every layer of every network)
+    former = _policy
+    with ExitStack() as stack:
+        if policy.backend in KERNELS:  # for all of torch: the text encoders attend by it too
+            stack.enter_context(sdpa_kernel(KERNELS[policy.backend], set_priority=True))
+        _policy = policy
+        try:
+            yield
+        finally:
+            _policy = former
+
+
+@cache
+def attention_available(backend: str, device: str) -> str | None:
+    """Why `backend` cannot be had on `device` ("cpu", "cuda", "cuda:1" or "mps"); None where it can."""
+    kind = device.partition(":")[0]
+    if backend in ("auto", "math") or (backend, kind) == ("flash", "cpu"):
+        return None
+    if kind != "cuda":
+        return "it needs a CUDA card"
+    if backend == "xformers":
+        return None if find_spec("xformers") else "the package xformers is not installed"
+    built = {
+        "flash": torch.backends.cuda.is_flash_attention_available,
+        "cudnn": torch.backends.cudnn.is_available,
+    }
+    if backend in built and not built[backend]():
+        return "this build of torch lacks it"
+    if backend in built and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a card of compute capability 8.0 (Ampere) or later"
+    return None
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Scaled-dot-product attention of queries (B, L, D) over keys and values (B, S, D), in `heads` parts."""
     batch, length, dim = query.shape
     q, k, v = (t.view(batch, -1, heads, dim // heads).transpose(1, 2) for t in (query, key, value))
-    long = min(length, key.shape[1]) >= LONG and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if long and not q.requires_grad:
+    if q.requires_grad:
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
+    elif _policy.backend != "auto" or _policy.rows is not None:
+        out = _attend_as_told(q, k, v)
+    elif _long(q, k):
         out = _attend_in_chunks(q, k, v)
     else:
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, D / heads)
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(batch, length, dim)
+
+
+def _long(q: Tensor, k: Tensor) -> bool:
+    at_least = min(q.shape[2], k.shape[2])
+    return at_least >= LONG and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+# An operator of its own: what it does depends on more than its arguments, which a compiler would not notice.
+@torch.library.custom_op("triptych::attend_as_told", mutates_args=())
+def _attend_as_told(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled-dot-product attention (B, heads, L, d) by the policy, as many queries at once as it allows."""
+    backend = _policy.backend
+    if reason := attention_available(backend, str(q.device)):
+        can = [name for name in BACKENDS if not attention_available(name, str(q.device))]
+        raise InvalidRequest(f"attention is {backend!r}, but {reason}; here it can be {', '.join(can)}")
+    kernel = F.scaled_dot_product_attention
+    if backend == "xformers":
+        kernel = _attend_by_xformers
+    elif backend == "auto" and _long(q, k):
+        kernel = _attend_in_chunks
+    out, rows = torch.empty_like(q), _policy.rows or q.shape[2]
+    for here, queries in zip(out.split(rows, dim=2), q.split(rows, dim=2), strict=True):
+        here.copy_(kernel(queries, k, v))
+    return out
+
+
+@_attend_as_told.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, heads, L, d) → the same, where xformers has (B, L, heads, d)."""
+    attention = import_module("xformers.ops").memory_efficient_attention
+    return attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 # An operator of its own: a compiler would unroll the loops, and compile them anew for every size.

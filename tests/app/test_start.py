@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from app import parse
+from backend.settings import CHOICES
 from tests.app.support import ROOT, Server, environment
 
 
@@ -37,6 +38,14 @@ def test_each_flag_is_a_variable_and_the_flag_wins() -> None:
     )
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_the_plan_decides_can_be_said_by_flag_and_variable(name: str) -> None:
+    assert getattr(parse([], {}), name) == "auto"
+    for choice in CHOICES[name]:
+        assert getattr(parse([f"--{name.replace('_', '-')}", choice], {}), name) == choice
+        assert getattr(parse([], {f"TRIPTYCH_{name.upper()}": choice}), name) == choice
+
+
 def test_a_hosted_space_listens_everywhere_unless_told() -> None:
     assert parse([], {"SPACE_ID": "me/triptych"}).host == "0.0.0.0"
     assert parse([], {"SPACE_ID": "me/triptych", "TRIPTYCH_HOST": "127.0.0.2"}).host == "127.0.0.2"
@@ -51,6 +60,17 @@ def test_a_hosted_space_listens_everywhere_unless_told() -> None:
         (["--port", "70000"], {}, "port is 70000; it can be 0 to 65535"),
         (["--device", "tpu"], {}, "device is 'tpu'; it can be auto, cpu, cuda, mps"),
         (["--dtype", "int4"], {}, "dtype is 'int4'"),
+        (["--offload", "disk"], {}, "offload is 'disk'; it can be auto, none, model, sequential"),
+        (
+            ["--attention", "slow"],
+            {},
+            "attention is 'slow'; it can be auto, flash, efficient, cudnn, math, xfo",
+        ),
+        (["--attention-slicing", "1"], {}, "attention_slicing is '1'; it can be auto, on, off"),
+        (["--vae-slicing", "no"], {}, "vae_slicing is 'no'; it can be auto, on, off"),
+        ([], {"TRIPTYCH_VAE_TILING": "512"}, "vae_tiling is '512'; it can be auto, on, off"),
+        (["--t5", "int4"], {}, "t5 is 'int4'; it can be auto, full, int8, nf4, off"),
+        (["--device-map", "two"], {}, "device_map is 'two'; it can be auto, single, balanced"),
         (["--vram", "0"], {}, "vram is 0.0"),
         (["--auth", "me"], {}, "auth must be USER:PASSWORD"),
         (["--colour"], {}, "--colour"),

@@ -28,8 +28,10 @@ def test_front_matter_of_a_hosted_space() -> None:
 def test_every_flag_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         app.main(["--help"])
-    flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
-    assert set(re.findall(r"--[a-z][a-z-]+", README.split("## Command line")[1].split("## From")[0])) == flags
+    flags = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out)) - {"--help"}
+    assert (
+        set(re.findall(r"--[a-z][a-z0-9-]+", README.split("## Command line")[1].split("## From")[0])) == flags
+    )
 
 
 def test_python_blocks_are_python() -> None:
