@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from backend import Settings, Studio
+from backend import Settings, Studio, catalog, zerogpu
 from backend.errors import InvalidRequest, TriptychError
 from backend.memory.hardware import Hardware
 from backend.settings import CHOICES
@@ -55,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     copies = tempfile.mkdtemp(prefix="triptych-")  # Gradio's copies of what it serves; its default is shared
     os.environ["GRADIO_TEMP_DIR"] = copies
     try:
+        lent = zerogpu.present(os.environ)
+        if lent:
+            settings = zerogpu.prepare(settings)
         check_device(settings)
-        serve(settings)
+        serve(settings, lent=lent)
     except TriptychError as error:  # no such device; a demo checkpoint that is missing or damaged
         print(f"triptych: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -144,8 +147,9 @@ def probe(host: str, port: int) -> int:
         return attempt.getsockname()[1]
 
 
-def serve(settings: Settings) -> None:
-    """Run until a signal ends the program."""
+def serve(settings: Settings, *, lent: bool = False) -> None:
+    """Run until a signal ends the program. Where the GPU is only `lent`, the demos are loaded first: what
+    is there before the launch is on the GPU whenever it comes."""
     from gradio.tunneling import CURRENT_TUNNELS  # Gradio reads GRADIO_TEMP_DIR
 
     from ui import blocks, theme
@@ -153,6 +157,8 @@ def serve(settings: Settings) -> None:
 
     studio = Studio(settings)
     jobs = Jobs(studio)
+    if lent:
+        warm(studio, *catalog.FAMILIES)
     demo = blocks.build(jobs)
     demo.launch(
         server_name=settings.host,
@@ -172,7 +178,8 @@ def serve(settings: Settings) -> None:
     )
     if not settings.share:
         print(f"Triptych is at {demo.local_url}", flush=True)
-    threading.Thread(target=warm, args=(studio,), daemon=True, name="warm").start()
+    if not lent:
+        threading.Thread(target=warm, args=(studio, "sd15"), daemon=True, name="warm").start()
     try:
         while True:
             time.sleep(3600)
@@ -182,10 +189,11 @@ def serve(settings: Settings) -> None:
             tunnel.kill()
 
 
-def warm(studio: Studio) -> None:
-    """Import torch and load the demo while the page is already up."""
+def warm(studio: Studio, *families: str) -> None:
+    """Import torch and load the demos, of sd15 while the page is already up."""
     try:
-        studio.warm()
+        for family in families:
+            studio.warm(family)
     except TriptychError as error:
         logging.getLogger("triptych").warning("the demo checkpoint could not be loaded yet: %s", error)
 

@@ -7,16 +7,19 @@ thread-local state whole and lets go of the device as soon as the stop event is 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from backend import Studio
 from backend.events import Event, Step, Waiting
 from backend.requests import Request
+from backend.zerogpu import painting
 
 Whose = tuple[str | None, type[Request]]  # the page, None for a client of the API, and its tab
 
@@ -28,6 +31,7 @@ class Jobs:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self._paint = painting(studio, os.environ)
         self._running: WeakKeyDictionary[threading.Thread, tuple[threading.Event, Whose]]
         self._running = WeakKeyDictionary()
 
@@ -41,7 +45,9 @@ class Jobs:
         """
         box = _Box(asyncio.get_running_loop())
         stop = threading.Event()
-        thread = threading.Thread(target=self._work, args=(request, stop, box), daemon=True, name="job")
+        context = copy_context()  # it says who asks: what a lent GPU counts by
+        work = (self._work, request, stop, box)
+        thread = threading.Thread(target=context.run, args=work, daemon=True, name="job")
         self._running[thread] = stop, (session, type(request))
         thread.start()
         try:
@@ -56,7 +62,7 @@ class Jobs:
     def _work(self, request: Request, stop: threading.Event, box: _Box) -> None:
         error: BaseException | None = None
         try:
-            for event in self.studio.generate(request, stop):
+            for event in self._paint(request, stop):
                 box.put(event)
         except BaseException as caught:  # noqa: BLE001 (handed to the handler, whatever it is)
             error = caught

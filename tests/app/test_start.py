@@ -10,7 +10,8 @@ import pytest
 
 from app import parse
 from backend.settings import CHOICES
-from tests.app.support import ROOT, Server, environment
+from tests import spaces_package
+from tests.app.support import ROOT, Server, connected, environment, serving
 
 
 def test_flags_become_settings() -> None:
@@ -113,3 +114,15 @@ def refusal(folder: Path, *flags: str, **extra: str) -> str:
 def test_the_page_does_not_import_torch() -> None:
     program = "import sys, app; from ui import blocks, theme; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_where_gpus_are_lent_the_demos_are_loaded_first(tmp_path: Path) -> None:
+    lent = spaces_package.write(tmp_path / "packages")
+    with serving(tmp_path, "--compile", **lent) as server:
+        client = connected(server, tmp_path)
+        files, facts = client.predict(prompt="a red house", seed=7, steps=2, api_name="/sd15")
+        assert len(files) == len(server.pictures) == 1
+        assert facts["seeds"] == [7]
+        said = server.log.read_text()
+    assert "compile is ignored" in said
+    assert "could not be loaded" not in said
