@@ -3,7 +3,8 @@
 There is no GPU in this process. What `spaces.GPU` decorates runs in a forked one that has it for the seconds
 that were asked for; arguments and results are pickled, and of an error that it raises only the name comes
 back. Networks that are loaded before the page is launched, on the thread that imported `spaces`, are moved to
-the GPU when it is lent. Seen in the source of spaces 0.51.3.
+the GPU when it is lent; here they cannot run, nor be looked at after the launch. Seen in, and tried with,
+spaces 0.51.3.
 """
 
 from __future__ import annotations

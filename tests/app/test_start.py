@@ -125,4 +125,4 @@ def test_where_gpus_are_lent_the_demos_are_loaded_first(tmp_path: Path) -> None:
         assert facts["seeds"] == [7]
         said = server.log.read_text()
     assert "compile is ignored" in said
-    assert "could not be loaded" not in said
+    assert "could not be prepared" not in said
