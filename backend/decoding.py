@@ -2,69 +2,68 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from backend.events import Notice
+from backend.nn import work
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.nn.pictures import to_pictures
-from backend.phases import Phase, Progress
-from backend.weights.parts import finite, layout_of
+from backend.phases import Manner, Phase, Progress
+from backend.weights.parts import device_of, finite, layout_of
 
-TILE = 96  # latent pixels along a side; with a quarter of it overlapping, group norms see enough to agree
+# Latent pixels along a tile's side; with a quarter of it overlapping, group norms see enough to agree. Tiles
+# change the picture a little (each has its own group norms), so only where the whole does not fit.
+TILES = (96, 64)
 
 
 def decode_phase(
     config: AutoencoderConfig,
     size: tuple[int, int],
+    pictures: int,
     *,
-    dtype: torch.dtype,
-    device: torch.device,
-    room_bytes: int,
-) -> tuple[Phase, tuple[str, ...]]:
-    """The phase "decode" of "vae", from the result of "denoise"; `size` is height and width in pixels.
-
-    Where its work would take more than `room_bytes`, it goes tile by tile, and the decision is told.
-    """
-    pixels, side = size[0] * size[1], TILE * config.scale
-    tile, work, decisions = None, decode_work(config, pixels, dtype.itemsize), ()
-    # tiles change the picture a little (each has its own group norms), so only where the whole does not fit
-    if max(size) > side and work > room_bytes:
-        tile, work = TILE, decode_work(config, min(side * side, pixels), dtype.itemsize)
-        decisions = (f"The picture is decoded in tiles of {side} pixels: the whole would not fit.",)
-    phase = Phase(
-        name="decode", components=("vae",), key=None, work_bytes=work,
-        run=lambda parts, results: decode(parts["vae"], results["denoise"], dtype, device, tile),
+    painter: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: str,
+) -> Phase:
+    """The phase "decode" of "vae", from the result of "denoise", which the component `painter` made; `size`
+    is height and width of the latents, `dtypes` what the painter and the VAE compute in."""
+    whole = Manner(images=1)  # one after the other: the decoder's work is the largest of all
+    tiles = tuple(Manner(images=1, tile=tile) for tile in TILES if tile < max(size))
+    together = (Manner(images=pictures),) if pictures > 1 else ()
+    return Phase(
+        name="decode", components=("vae",), key=None, manners=(whole, *tiles, *together), pictures=pictures,
+        work=lambda manner: decode_work(config, size, dtypes[1].itemsize, manner, device),
+        run=lambda parts, results, manner: decode(
+            parts["vae"], results["denoise"], painter, dtypes, manner
+        ),
     )  # fmt: skip
-    return phase, decisions
 
 
 @torch.no_grad()
 def decode(
-    vae: Autoencoder, latents: Tensor, dtype: torch.dtype, device: torch.device, tile: int | None
-) -> Generator[Progress | Notice, None, list[Image]]:
-    """→ one picture per image, decoded one at a time: the decoder's work is the largest of all."""
+    vae: Autoencoder, latents: Tensor, painter: str, dtypes: tuple[torch.dtype, torch.dtype], manner: Manner
+) -> Generator[Progress, None, list[Image]]:
+    """→ one picture per image. Raises NotFinite for latents, or pixels, that are no numbers."""
     pictures: list[Image] = []
-    for index, one in enumerate(vae.from_model(finite(latents, "denoising", dtype)).split(1)):
-        pixels = vae.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)), tile=tile)
-        if not pixels.isfinite().all() and dtype == torch.float16:
-            yield Notice(
-                text="The picture's decoder overflowed in float16; that picture was decoded in float32."
-            )
-            pixels = copy.deepcopy(vae).float().decode(one.to(device), tile=tile)
+    latents = vae.from_model(finite(latents, painter, "Painting", dtypes[0]))
+    for some in latents.split(manner.images):
+        z = some.to(device_of(vae), dtypes[1]).to(memory_format=layout_of(dtypes[1]))
+        pixels = finite(vae.decode(z, tile=manner.tile), "vae", "Decoding", dtypes[1])
         pictures += to_pictures(pixels.float() / 2 + 0.5)
-        yield Progress(step=index + 1, steps=len(latents))
+        yield Progress(step=len(pictures), steps=len(latents))
     return pictures
 
 
-def decode_work(config: AutoencoderConfig, pixels: int, item: int) -> int:
-    """Bytes of activations of the decoder's last level, one picture at a time."""
-    outer, next_width = (
-        config.block_out_channels[0],
-        config.block_out_channels[min(1, len(config.block_out_channels) - 1)],
-    )
-    return (3 * next_width + 2 * outer) * pixels * item
+def decode_work(
+    config: AutoencoderConfig, size: tuple[int, int], item: int, manner: Manner, device: str
+) -> int:
+    """Bytes of activations; of tiles, those of one beside the picture that they are added to."""
+    height, width = size
+    if manner.tile is None:
+        return manner.images * work.decode(config, size, item, device=device, rows=manner.rows)
+    tile = min(manner.tile, height), min(manner.tile, width)
+    added = height * width * config.scale**2 * 4 * (2 * config.out_channels + 1)  # float32, and their weights
+    return work.decode(config, tile, item, device=device, rows=manner.rows) + added

@@ -1,4 +1,5 @@
-"""What `Studio.generate` yields, in this order: Waiting*, Planned, (Loading | Step | Notice)*, Finished."""
+"""What `Studio.generate` yields, in this order: Waiting*, Planned, (Loading | Step | Notice | Planned)*,
+Finished."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Loading:
 class Step:
     """`step` of `steps` of the phase is done; `eta_s` is the time left in it, None before it can be told.
 
-    `previews` holds one small picture per image while denoising, at most a few times a second.
+    `previews` holds one small picture per image while denoising, at most a few times a second;
+    `memory_bytes` is what the process takes of the device, above its start.
     """
 
     phase: str
@@ -46,6 +48,7 @@ class Step:
     steps: int
     eta_s: float | None
     previews: tuple[Image, ...] = ()
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,34 +1,66 @@
-"""Lends components to phases.
+"""Lends components to phases, each where the plan puts it.
 
-Assumptions: one request at a time; a component on loan is never evicted; when the budget is short, the
-least recently used one that is not on loan leaves first; equal identities share one copy; a passing one
-leaves when it is given back.
+Assumptions: one request at a time; a component on loan is never evicted; when a budget is short, the least
+recently used one that is not on loan leaves first: a card for RAM, RAM for the file; equal identities share
+one copy. What is swapped or streamed is on the device for its phase only, and waits in RAM or is let go.
 """
 
 from __future__ import annotations
 
 import gc
 from collections import OrderedDict
-from collections.abc import Generator, Hashable, Iterable
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backend.memory.hardware import anonymous_bytes
+from backend.memory.hardware import anonymous_bytes, ram_bytes
+from backend.memory.plan import RAM_RESERVE_BYTES, PlannedComponent
 from backend.phases import Component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RAM = "RAM"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPart:
+    """A component in memory, as the page lists it; `key` names it to `free`."""
+
+    key: str
+    name: str
+    checkpoint: str
+    precision: str
+    placement: str
+    where: str  # "cpu", "cuda", "cuda:1", or "RAM" while it waits beside a card
+    bytes: int
+    lent: bool
 
 
 @dataclass
-class _Loaded:
+class _Entry:
     component: Component
     value: Any
-    anonymous_bytes: int  # of the process's memory, as measured; a mapped file's pages do not count
+    planned: PlannedComponent
+    where: str
+    homes: Mapping[str, Tensor] | None = None  # its weights in RAM, or as the file has them
+    opened: bool = False  # whether those are the file's, which need not be in the dtype they run in
+    anonymous_bytes: int = 0  # of the process's memory, as measured; a mapped file's pages do not count
     lent: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """What it takes of the device's memory."""
+        if self.where == RAM or self.planned.placement == "cpu":
+            return 0
+        return self.component.copied_bytes if self.where == "cpu" else self.component.bytes
 
 
 class Manager:
-    def __init__(self) -> None:
-        self._loaded: OrderedDict[Hashable, _Loaded] = OrderedDict()  # least recently used first
+    def __init__(self, ram_free: Callable[[], int] = lambda: ram_bytes()[1]) -> None:
+        self._loaded: OrderedDict[Hashable, _Entry] = OrderedDict()  # least recently used first
+        self._ram_free = ram_free
 
     # the plan is asked for from other threads meanwhile, so everything that iterates takes a copy
 
@@ -37,59 +69,194 @@ class Manager:
 
     @property
     def bytes(self) -> int:
-        """What the loaded components take together."""
-        return sum(entry.component.bytes for entry in list(self._loaded.values()))
+        """What the loaded components take of the device."""
+        return sum(entry.device_bytes for entry in list(self._loaded.values()))
 
     @property
     def anonymous_bytes(self) -> int:
         """What loading them added to the process's anonymous memory."""
         return sum(entry.anonymous_bytes for entry in list(self._loaded.values()))
 
-    def names(self) -> list[str]:
-        return [entry.component.name for entry in list(self._loaded.values())]
+    def parts(self) -> list[LoadedPart]:
+        """What is in memory, the most recently used first."""
+        return [
+            LoadedPart(
+                key=_key(identity), name=entry.component.name, checkpoint=entry.component.checkpoint,
+                precision=entry.component.precision, placement=entry.planned.placement, where=entry.where,
+                bytes=entry.component.bytes, lent=entry.lent > 0,
+            )
+            for identity, entry in reversed(list(self._loaded.items()))
+        ]  # fmt: skip
 
     @contextmanager
-    def use(self, component: Component) -> Generator[Any, None, None]:
-        """Lend the component, loading it first if need be. Raises CheckpointError as its `load` does."""
-        entry = self._loaded.get(component.identity)
-        if entry is None:
-            before = anonymous_bytes()
-            value = component.load()
-            entry = _Loaded(component, value, max(anonymous_bytes() - before, 0))
-            self._loaded[component.identity] = entry
+    def use(self, component: Component, planned: PlannedComponent) -> Generator[Any, None, None]:
+        """Lend the component where it is planned, loading it first if need be.
+
+        Raises CheckpointError as its `load` does, and what a device raises that has no memory left.
+        """
+        entry = self._ready(component, planned)
         self._loaded.move_to_end(component.identity)
         entry.lent += 1
         try:
-            yield entry.value
+            with self._placed(entry):
+                yield entry.value
         finally:
             entry.lent -= 1
-            if component.passing and not entry.lent:
+            if not entry.lent and planned.home == "file" and not entry.opened:
                 self._loaded.pop(component.identity, None)
 
-    def make_room(self, budget_bytes: int, wanted: Iterable[Component]) -> list[str]:
-        """Evict until `budget_bytes` hold what stays and what is `wanted` beside it. → names evicted.
+    def _ready(self, component: Component, planned: PlannedComponent) -> _Entry:
+        """The component in memory, in a state from which it can go where it is planned."""
+        entry = self._loaded.get(component.identity)
+        if entry is not None and not entry.lent and not _suits(entry, planned):
+            del self._loaded[component.identity]  # to be read again
+            entry = None
+            release()
+        if entry is None:
+            entry = self._loaded[component.identity] = self._load(component, planned)
+        entry.planned = planned
+        return entry
 
-        Neither what is wanted nor what is lent is evicted, even if the budget is short for them alone.
+    def _load(self, component: Component, planned: PlannedComponent) -> _Entry:
+        before = anonymous_bytes()
+        from_file = planned.placement == "streamed" and planned.home == "file"
+        if from_file:
+            assert component.open is not None, f"{component.name} cannot be read block by block"
+            entry = _Entry(component, component.open(), planned, RAM, opened=True)
+            entry.homes = _homes(entry.value)
+        elif planned.home == "ram":
+            self._make_ram(component.copied_bytes)
+            entry = _Entry(component, component.load("cpu"), planned, RAM)
+            entry.homes = self._pinned(_homes(entry.value), component.bytes)
+        else:
+            entry = _Entry(component, component.load(planned.device), planned, planned.device)
+        entry.anonymous_bytes = max(anonymous_bytes() - before, 0)
+        return entry
+
+    @contextmanager
+    def _placed(self, entry: _Entry) -> Generator[None, None, None]:
+        """While it is lent, where its plan says."""
+        from backend.memory import placement
+
+        planned, module = entry.planned, placement.module_of(entry.value)
+        if module is None or entry.lent > 1 or planned.placement == "cpu":
+            yield
+            return
+        import torch
+
+        device = torch.device(planned.device)
+        streamed = planned.placement == "streamed" and planned.home != ""
+        if entry.where != RAM and (streamed or entry.where != planned.device):
+            self._park(entry)
+        if entry.where == RAM:
+            assert entry.homes is not None, "what waits in RAM has its weights there"
+        if streamed:
+            assert entry.homes is not None, "what is streamed has a home"
+            with placement.Streamer(module, entry.homes, device, planned.held_bytes):
+                entry.where = planned.device
+                try:
+                    yield
+                finally:
+                    entry.where = RAM
+            return
+        if entry.where == RAM and entry.homes is not None:
+            placement.move(module, entry.homes, device)
+            entry.where = planned.device
+        try:
+            yield
+        finally:
+            if planned.placement == "swapped" and planned.home == "ram":
+                self._park(entry)
+
+    def _park(self, entry: _Entry) -> None:
+        """Off the device; into RAM where it is not there yet."""
+        from backend.memory import placement
+
+        module = placement.module_of(entry.value)
+        if module is None:
+            return
+        if entry.homes is None:
+            entry.homes = {name: tensor.cpu() for name, tensor in placement.tensors_of(module).items()}
+        placement.put(module, entry.homes)
+        entry.where = RAM
+
+    def _pinned(self, homes: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
+        """Where a card can read by itself, if RAM has room for copies of what is mapped, too."""
+        import torch
+
+        from backend.memory.placement import pin
+
+        if not torch.cuda.is_available() or self._ram_free() - RAM_RESERVE_BYTES < size:
+            return homes
+        try:
+            return pin(homes)
+        except RuntimeError:  # the system limits what a process may pin
+            return homes
+
+    def make_room(self, allowed_bytes: int, wanted: Collection[Hashable]) -> list[str]:
+        """Evict until what is not `wanted` takes no more than `allowed_bytes` of the device. → names evicted.
+
+        What is lent stays, even if the budget is short for it alone. Off a card goes into RAM if that has
+        room: it comes back without a look at its file.
         """
-        needed = {component.identity: component for component in wanted}
-        missing = sum(component.bytes for component in needed.values() if not self.holds(component))
-        evicted = []
+        evicted: list[str] = []
         for identity, entry in list(self._loaded.items()):
-            if self.bytes + missing <= budget_bytes:
+            others = sum(e.device_bytes for i, e in list(self._loaded.items()) if i not in wanted)
+            if others <= allowed_bytes:
                 break
-            if not entry.lent and identity not in needed:
+            if entry.lent or identity in wanted or not entry.device_bytes:
+                continue
+            evicted.append(entry.component.name)
+            room = entry.homes is not None or self._ram_free() - RAM_RESERVE_BYTES >= entry.component.bytes
+            if entry.where != "cpu" and room:
+                self._park(entry)
+            else:
                 del self._loaded[identity]
-                evicted.append(entry.component.name)
         if evicted:
             release()
         return evicted
 
-    def clear(self) -> None:
-        """Free everything that is not on loan."""
+    def _make_ram(self, size: int) -> None:
+        """Let go of what waits in RAM until there is room for so many bytes more."""
         for identity, entry in list(self._loaded.items()):
-            if not entry.lent:
+            if self._ram_free() - RAM_RESERVE_BYTES >= size:
+                return
+            if entry.where == RAM and not entry.lent:
                 del self._loaded[identity]
+                release()
+
+    def free(self, key: str | None = None) -> bool:
+        """Let go of one component, or of all that are not on loan; False where it is on loan, or not here."""
+        chosen = [
+            identity
+            for identity, entry in list(self._loaded.items())
+            if not entry.lent and key in (None, _key(identity))
+        ]
+        for identity in chosen:
+            self._loaded.pop(identity, None)
         release()
+        return bool(chosen)
+
+
+def _suits(entry: _Entry, planned: PlannedComponent) -> bool:
+    """Whether a component as it is in memory can be placed so without being read again."""
+    from_file = planned.placement == "streamed" and planned.home == "file"
+    if entry.opened:
+        return from_file
+    if entry.where == "cpu":  # the device is the CPU, or it runs there beside a card
+        return not from_file and planned.device == "cpu"
+    return planned.placement != "cpu" and not from_file
+
+
+def _homes(value: Any) -> Mapping[str, Tensor]:
+    from backend.memory.placement import homes_of, module_of
+
+    module = module_of(value)
+    return homes_of(module) if module is not None else {}
+
+
+def _key(identity: Hashable) -> str:
+    return f"{hash(identity) & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
 def release() -> None:

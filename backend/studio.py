@@ -8,10 +8,12 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Hashable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,11 +22,20 @@ from backend import catalog, infotext
 from backend.errors import Cancelled, InvalidRequest, OutOfMemory, StorageError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
 from backend.gallery import Gallery
-from backend.manager import Manager, release
-from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes
-from backend.memory.plan import Plan, budget_bytes, make_plan
-from backend.phases import Phase, PhaseCache, Pipeline, Progress
-from backend.requests import MAX_SEED, Request, SD15Request
+from backend.manager import LoadedPart, Manager, release
+from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes, current_bytes
+from backend.memory.plan import (
+    WHOLE,
+    Plan,
+    PlannedPhase,
+    Wishes,
+    budget_bytes,
+    lesson_of,
+    make_plan,
+    phase_title,
+)
+from backend.phases import NotFinite, Phase, PhaseCache, Pipeline, Progress
+from backend.requests import MAX_SEED, REQUESTS, Request, SD3Request
 from backend.settings import Settings
 from backend.weights.source import Source, resolve
 
@@ -34,6 +45,12 @@ if TYPE_CHECKING:
 
 PREVIEW_SECONDS = 0.3  # between previews: a few a second look alive and cost little
 WAITING_SECONDS = 0.5
+RETRIES = 4  # of a request whose phases fail for want of memory, each with a leaner plan
+WARM = {  # the steps of each family's sampling
+    "sd15": ("steps",),
+    "sd3": ("steps",),
+    "stable_cascade": ("prior_steps", "decoder_steps"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +63,35 @@ class CheckpointInfo:
     defaults: dict[str, Any]
     vocabulary: dict[str, list[str]]
     examples: list[str]
+
+
+@dataclass
+class _Run:
+    """What a running request has come to; `baseline` is the process's memory without it, on a CPU."""
+
+    stop: threading.Event
+    device: str
+    baseline: int = 0
+    results: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def say(self, *texts: str) -> Iterator[Event]:
+        for text in texts:
+            self.notices.append(text)
+            yield Notice(text=text)
+
+    def memory_bytes(self) -> int:
+        return max(current_bytes(self.device) - self.baseline, 0)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A phase without a result: for want of memory, or because a `component` gave no numbers."""
+
+    phase: Phase
+    component: str | None = None
+    what: str = ""
 
 
 class Studio:
@@ -61,6 +107,8 @@ class Studio:
         self._hardware = hardware
         self._manager = Manager()
         self._cache = PhaseCache()
+        self._lessons: dict[Hashable, float] = {}  # phases whose work is larger than its formula says
+        self._wider: dict[tuple[str, str], str] = {}  # dtypes of what overflowed, by checkpoint and component
         # no RLock: a closed generator may release it from another thread
         self._device_lock = threading.Lock()
 
@@ -95,8 +143,23 @@ class Studio:
 
     def plan(self, request: Request, hardware: Hardware | None = None) -> Plan:
         """How the request would run, on this machine or on `hardware`; loads and downloads nothing."""
-        here = hardware or self._machine()
-        return self._plan(self._pipeline(request, _seeds(request), here), here)
+        return self._planned(request, _seeds(request), hardware or self._machine())[0]
+
+    def hardware(self) -> Hardware:
+        """The machine as it is now; what our components hold counts as free, since it is ours to use."""
+        return self._machine()
+
+    def budget_bytes(self) -> int:
+        """What a plan may use of the device now."""
+        return budget_bytes(self._machine(), self.settings.vram)
+
+    def loaded(self) -> list[LoadedPart]:
+        """The components in memory, and where they are."""
+        return self._manager.parts()
+
+    def free(self, key: str | None = None) -> bool:
+        """Let go of the component that `loaded` lists under a key, or of all; not of what is being used."""
+        return self._manager.free(key)
 
     def describe(self, family: str, checkpoint: str) -> CheckpointInfo:
         """What is known of a checkpoint without loading, downloading or torch."""
@@ -119,52 +182,63 @@ class Studio:
 
     def warm(self, family: str = "sd15") -> None:
         """Load the built-in checkpoint and run a step, so that the first picture does not wait for it."""
-        request = SD15Request(seed=0, steps=1)
+        once: dict[str, Any] = dict.fromkeys(WARM[family], 1)
+        request = REQUESTS[family](seed=0, **once)
         with self._device_lock:
             here = self._machine()
             compiled, _ = self._compiler(here)
-            pipeline = self._pipeline(request, _seeds(request), here, compiled=compiled)
-            deque(self._run_phases(pipeline, threading.Event(), {}, {}, []), maxlen=0)
+            plan, pipeline = self._planned(request, _seeds(request), here, compiled=compiled)
+            if plan.fits:
+                deque(self._run_phases(plan, pipeline, _Run(threading.Event(), here.device)), maxlen=0)
 
     def unload(self) -> None:
         """Free every component and kept result; waits for the request that is running."""
         with self._device_lock:
             self._cache.clear()
-            self._manager.clear()
+            self._manager.free()
 
     def _generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
         begin = time.perf_counter()
         _check(stop)
         here = self._machine()
+        self._check_attention(here)
         seeds = _seeds(request)
         compiled, refused = self._compiler(here)
-        pipeline = self._pipeline(request, seeds, here, compiled=compiled)
-        plan = self._plan(pipeline, here)
-        yield from _announced(plan)
+        plan, pipeline = self._planned(request, seeds, here, compiled=compiled)
+        yield from self._announced(plan, request, here)
         self.gallery.check()
         loading = None
         for loading in self._fetch(request, pipeline):
             yield loading
             _check(stop)
         if loading is not None:  # its configs and sizes are the checkpoint's own now
-            pipeline = self._pipeline(request, seeds, here, compiled=compiled)
-            plan = self._plan(pipeline, here)
-            yield from _announced(plan)
-        lasting = [component for component in pipeline.components.values() if not component.passing]
-        for_a_while = plan.peak_bytes - sum(component.bytes for component in lasting)
-        self._manager.make_room(plan.budget_bytes - for_a_while, lasting)
+            plan, pipeline = self._planned(request, seeds, here, compiled=compiled)
+            yield from self._announced(plan, request, here)
 
-        timings: dict[str, float] = {}
-        results: dict[str, Any] = {}
-        notices = [*refused, *pipeline.notices]
-        yield from (Notice(text=text) for text in notices)
-        baseline = anonymous_bytes() - self._manager.anonymous_bytes if here.device == "cpu" else 0
+        run = _Run(stop, here.device)
+        if here.device == "cpu":
+            run.baseline = anonymous_bytes() - self._manager.anonymous_bytes
+        yield from run.say(*refused, *pipeline.notices)
         with PeakMeter(here.device) as meter:
-            yield from self._run_phases(pipeline, stop, results, timings, notices)
-        pictures: list[Image] = results[pipeline.phases[-1].name]
-        timings["total"] = time.perf_counter() - begin
+            for _ in range(RETRIES + 1):
+                failed = yield from self._run_phases(plan, pipeline, run)
+                if failed is None:
+                    break
+                release()  # what failed is gone by now, and its traceback, which held tensors
+                here = self._machine()
+                yield from run.say(self._learn(failed, plan, pipeline, request, here))
+                plan, pipeline = self._planned(request, seeds, here, compiled=compiled)
+                yield from self._announced(plan, request, here)
+            else:
+                raise OutOfMemory(
+                    f"The device ran out of memory {RETRIES + 1} times, each time with a leaner plan. "
+                    "A smaller picture or fewer images take less; so does closing other programs that use it."
+                )
+        pictures: list[Image] = run.results[pipeline.phases[-1].name]
+        timings = {**run.timings, "total": time.perf_counter() - begin}
         rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
-        files = self._save(pictures, pipeline, seeds, {"family": request.family, "timings": rounded}, notices)
+        facts = {"family": request.family, "timings": rounded}
+        files = self._save(pictures, pipeline, seeds, facts, run.notices)
         yield Finished(
             result=Result(
                 images=pictures,
@@ -173,75 +247,111 @@ class Studio:
                 plan=plan,
                 timings=rounded,
                 settings=pipeline.settings,
-                peak_bytes=max(meter.peak - baseline, 0),
-                notices=notices,
+                peak_bytes=max(meter.peak - run.baseline, 0),
+                notices=run.notices,
             )
         )
 
     def _run_phases(
-        self,
-        pipeline: Pipeline,
-        stop: threading.Event,
-        results: dict[str, Any],
-        timings: dict[str, float],
-        notices: list[str],
-    ) -> Iterator[Event]:
-        """Run each phase, or take its kept result; fills `results`, `timings` and `notices`."""
-        for phase in pipeline.phases:
+        self, plan: Plan, pipeline: Pipeline, run: _Run
+    ) -> Generator[Event, None, _Failure | None]:
+        """Run each phase, or take its kept result; → what failed for want of memory or of a wider dtype."""
+        run.results.clear()
+        for phase, planned in zip(pipeline.phases, plan.phases, strict=True):
             begin = time.perf_counter()
             kept = self._cache.get(phase.key)
-            results[phase.name] = kept if kept is not None else (
-                yield from self._run_phase(phase, pipeline, stop, results, notices)
-            )  # fmt: skip
-            self._cache.put(phase.key, results[phase.name])
-            if kept is None and any(pipeline.components[name].passing for name in phase.components):
-                release()
-            timings[phase.name] = time.perf_counter() - begin
+            failed = None
+            if kept is None:
+                kept, failed = yield from self._try_phase(phase, planned, plan, pipeline, run)
+            run.timings[phase.name] = run.timings.get(phase.name, 0.0) + time.perf_counter() - begin
+            if failed is not None:
+                return failed
+            run.results[phase.name] = kept
+            self._cache.put(phase.key, kept)
+        return None
+
+    def _try_phase(
+        self, phase: Phase, planned: PlannedPhase, plan: Plan, pipeline: Pipeline, run: _Run
+    ) -> Generator[Event, None, tuple[Any, _Failure | None]]:
+        """→ the phase's result, or why it has none."""
+        try:
+            return (yield from self._run_phase(phase, planned, plan, pipeline, run)), None
+        except NotFinite as error:
+            return None, _Failure(phase, error.component, error.what)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not _is_shortage(error):
+                raise
+            return None, _Failure(phase)
 
     def _run_phase(
-        self,
-        phase: Phase,
-        pipeline: Pipeline,
-        stop: threading.Event,
-        results: dict[str, Any],
-        notices: list[str],
+        self, phase: Phase, planned: PlannedPhase, plan: Plan, pipeline: Pipeline, run: _Run
     ) -> Generator[Event, None, Any]:
+        from backend.nn.layers import Attention, attention_by
+
+        staying = {pipeline.components[part.name].identity for part in plan.held(planned)}
+        self._manager.make_room(plan.budget_bytes - planned.peak_bytes, staying)
+        rows = planned.manner.rows if planned.manner.rows != WHOLE else None
         with ExitStack() as loans:
             parts = {}
-            for name in phase.components:
-                component = pipeline.components[name]
-                fresh = not self._manager.holds(component)
+            for part in planned.components:
+                component = pipeline.components[part.name]
+                fresh, size = not self._manager.holds(component), component.bytes
                 if fresh:
-                    yield Loading(component=name, action="load", done_bytes=0, total_bytes=component.bytes)
-                parts[name] = loans.enter_context(self._manager.use(component))
+                    yield Loading(component=part.name, action="load", done_bytes=0, total_bytes=size)
+                parts[part.name] = loans.enter_context(self._manager.use(component, part))
                 if fresh:
-                    size = component.bytes
-                    yield Loading(component=name, action="load", done_bytes=size, total_bytes=size)
-                _check(stop)
+                    yield Loading(component=part.name, action="load", done_bytes=size, total_bytes=size)
+                _check(run.stop)
+            loans.enter_context(attention_by(Attention(self.settings.attention, rows)))
             begin, shown = time.perf_counter(), -PREVIEW_SECONDS
-            work = phase.run(parts, results)
+            work = phase.run(parts, run.results, planned.manner)
             while True:
                 try:
                     report = next(work)
                 except StopIteration as done:
-                    return done.value
+                    result = done.value
+                    break
                 if isinstance(report, Notice):
-                    notices.append(report.text)
-                    yield report
+                    yield from run.say(report.text)
                     continue
                 now = time.perf_counter() - begin
                 drawn = report.preview is not None and now - shown >= PREVIEW_SECONDS
                 if drawn:
                     shown = now
-                yield _step(phase.name, report, now, drawn)
-                _check(stop)
+                yield _step(phase.name, report, now, drawn, run.memory_bytes())
+                _check(run.stop)
+        if any(part.placement != "resident" for part in planned.components):
+            release()
+        return result
+
+    def _learn(
+        self, failed: _Failure, plan: Plan, pipeline: Pipeline, request: Request, here: Hardware
+    ) -> str:
+        """Keep for the session what a failure taught, so that the next plan differs. → it in words."""
+        if failed.component is not None:
+            part = pipeline.components[failed.component]
+            wider = "float32" if failed.component in ("vae", "vqgan") or not here.bf16 else "bfloat16"
+            self._wider[part.checkpoint, part.name] = "float32" if part.dtype == wider else wider
+            again = self._wider[part.checkpoint, part.name]
+            return f"{failed.what} overflowed in {part.dtype}: it is repeated in {again}."
+        lesson, title = lesson_of(failed.phase, pipeline), phase_title(failed.phase.name)
+        leaner, seeds = plan, tuple(range(request.num_images))
+        for _ in range(50):  # at once, where the device has less room than it had
+            leaner, _ = self._planned(request, seeds, here)
+            if not leaner.fits or leaner.shape != plan.shape:
+                break
+            self._lessons[lesson] = self._lessons.get(lesson, 1.0) * 1.1
+        news = [text for text in leaner.decisions[1:] if text not in plan.decisions]
+        return f"{title} ran out of memory and is repeated with a leaner plan. {' '.join(news)}".rstrip()
 
     def _machine(self) -> Hardware:
-        """The hardware as it is now; what our components hold counts as free, since it is ours to use."""
-        if self._hardware:
-            return self._hardware
-        here = Hardware.detect(self.settings.device)
-        return replace(here, free_bytes=min(here.free_bytes + self._manager.bytes, here.total_bytes))
+        if self._hardware is None:
+            self._hardware = Hardware.detect(self.settings.device)
+        here = self._hardware.now()
+        if here.read is None:  # described, not detected
+            return here
+        ours = self._manager.anonymous_bytes if here.device == "cpu" else self._manager.bytes
+        return replace(here, free_bytes=min(here.free_bytes + ours, here.total_bytes))
 
     def _source(self, checkpoint: str, family: str, config_from: str | None = None) -> Source:
         """Where the checkpoint comes from. In public mode nobody names paths or repositories of their own."""
@@ -260,20 +370,71 @@ class Studio:
             names = [name for name, part in pipeline.components.items() if part.dtype == dtype]
             yield from source.fetch(names, dtype)
 
-    def _pipeline(
+    def _planned(
         self, request: Request, seeds: tuple[int, ...], here: Hardware, *, compiled: bool = False
-    ) -> Pipeline:
+    ) -> tuple[Plan, Pipeline]:
+        """The plan of a request, and the pipeline that it chose."""
         import torch
 
         from backend.weights.parts import Parts
 
         if request.family not in catalog.FAMILIES:
             raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(catalog.FAMILIES)}")
+        if isinstance(request, SD3Request) and request.t5 == "auto":
+            request = replace(request, t5=self.settings.t5)
         source = self._source(request.checkpoint, request.family, request.config_from)
-        parts = Parts(source=source, device=torch.device(here.device), compiled=compiled)
-        room, budget = _room(request.family, "pipeline"), budget_bytes(here, self.settings.vram)
+        wider = {
+            name: getattr(torch, dtype)
+            for (checkpoint, name), dtype in self._wider.items()
+            if checkpoint == source.name
+        }
+        parts = Parts(source=source, device=torch.device(here.device), compiled=compiled, wider=wider)
         dtype = self._dtype(request, here)
-        return room.pipeline(request, parts, seeds=seeds, dtype=dtype, budget_bytes=budget)
+        offered = _room(request.family, "pipeline").ways(request, parts, seeds=seeds, dtype=dtype)
+        ways = [replace(way, make=cache(way.make)) for way in offered]
+        settings = self.settings
+        wishes = Wishes(
+            prefer=request.prefer,
+            offload=settings.offload,
+            attention_slicing=settings.attention_slicing,
+            vae_slicing=settings.vae_slicing,
+            vae_tiling=settings.vae_tiling,
+            device_map=settings.device_map,
+        )
+        plan = make_plan(ways, hardware=here, cap_gib=settings.vram, wishes=wishes, lessons=self._lessons)
+        return plan, ways[plan.way].make()
+
+    def _announced(self, plan: Plan, request: Request, here: Hardware) -> Iterator[Event]:
+        yield Planned(plan=plan)
+        if not plan.fits:
+            raise OutOfMemory(f"{plan.decisions[0]} {self._what_fits(request, here)}")
+
+    def _what_fits(self, request: Request, here: Hardware) -> str:
+        """What would fit this machine instead of a request that does not."""
+        asked = self._planned(request, _seeds(request), here)[1].settings
+        tries: dict[str, dict[str, Any]] = {}
+        if request.num_images > 1:
+            tries["num_images 1"] = {"num_images": 1}
+        tries |= {
+            f"{name} 'auto'": {name: "auto"}
+            for name in ("t5", "stages", "stage_c", "stage_b", "dtype", "prefer")
+            if getattr(request, name, "auto") != "auto"
+        }
+        for share in (3 / 4, 1 / 2, 1 / 4):
+            width, height = (max(round(asked[side] * share / 64) * 64, 64) for side in ("width", "height"))
+            tries[f"{width}×{height} pixels"] = {"width": width, "height": height}
+        fits = (words for words, change in tries.items() if self.plan(replace(request, **change), here).fits)
+        found = list(islice(fits, 2))
+        if found:
+            return f"It would fit with {' or '.join(found)}."
+        return "A smaller picture does not fit either: another device or a smaller checkpoint is needed."
+
+    def _check_attention(self, here: Hardware) -> None:
+        """Raise InvalidRequest for a kernel of attention that cannot be had here."""
+        from backend.nn.layers import attention_available
+
+        if refused := attention_available(self.settings.attention, here.device):
+            raise InvalidRequest(f"attention is {self.settings.attention!r}: {refused}")
 
     def _compiler(self, here: Hardware) -> tuple[bool, list[str]]:
         """Whether networks are to be compiled, and what there is to say about it."""
@@ -296,16 +457,6 @@ class Studio:
             wished = on_cpu if here.device == "cpu" else _room(request.family, "pipeline").AUTO_DTYPES
             name = next((name for name in wished if name != "bfloat16" or here.bf16), wished[-1])
         return getattr(torch, name)
-
-    def _plan(self, pipeline: Pipeline, here: Hardware) -> Plan:
-        return make_plan(
-            {name: (part.bytes, part.precision) for name, part in pipeline.components.items()},
-            [(phase.name, phase.components, phase.work_bytes) for phase in pipeline.phases],
-            hardware=here,
-            cap_gib=self.settings.vram,
-            decisions=pipeline.decisions,
-            passing=[name for name, part in pipeline.components.items() if part.passing],
-        )
 
     def _save(
         self,
@@ -341,16 +492,17 @@ def _room(family: str, module: str) -> ModuleType:
     return import_module(f"{catalog.FAMILIES[family].room}.{module}")
 
 
-def _step(name: str, report: Progress, elapsed: float, drawn: bool) -> Step:
+def _step(name: str, report: Progress, elapsed: float, drawn: bool, memory: int) -> Step:
     left = elapsed / report.step * (report.steps - report.step)
     previews = report.preview() if drawn and report.preview else ()
-    return Step(phase=name, step=report.step, steps=report.steps, eta_s=round(left, 2), previews=previews)
-
-
-def _announced(plan: Plan) -> Iterator[Event]:
-    yield Planned(plan=plan)
-    if not plan.fits:
-        raise OutOfMemory(plan.decisions[0])
+    return Step(
+        phase=name,
+        step=report.step,
+        steps=report.steps,
+        eta_s=round(left, 2),
+        previews=previews,
+        memory_bytes=memory,
+    )
 
 
 def _is_shortage(error: Exception) -> bool:

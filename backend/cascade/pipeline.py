@@ -19,14 +19,17 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from backend.cascade import work
 from backend.cascade.defaults import defaults
 from backend.cascade.optional import Previewer
 from backend.cascade.stage_a import StageA, StageAConfig
 from backend.cascade.unet import Conditioning, UNet, UNetConfig
 from backend.errors import CheckpointError
 from backend.nn.pictures import enlarged, linear_previews, to_pictures
-from backend.phases import Component, Phase, Pipeline, Progress
+from backend.nn.tiles import in_tiles
+from backend.phases import Component, Manner, Phase, Pipeline, Progress, Way, split
 from backend.requests import StableCascadeRequest
+from backend.sampling.forwards import predictions
 from backend.sampling.noise import Noise
 from backend.sampling.wuerstchen import CosineSchedule, sample_wuerstchen
 from backend.text.encoders import (
@@ -36,12 +39,13 @@ from backend.text.encoders import (
     load_tokenizer,
 )
 from backend.text.prompts import encode_pooled_prompts
-from backend.weights.parts import Parts, completed, dtype_name, finite, layout_of
+from backend.weights.parts import Parts, completed, device_of, dtype_name, finite, layout_of
 from backend.weights.source import Source
 
 AUTO_DTYPES = ("bfloat16",)  # what "auto" means off the CPU: Stage C must not run in float16
 CLIP_WIDTH = 512  # what a CLIP config that does not tell means, in transformers
 C_COMPRESSION = 42.67  # pixels to a latent pixel of Stage C, along a side; 1024 → 24
+TILES = (128, 64)  # Stage A's, along a side of its latents; with a quarter of it overlapping
 TITLES = {"stage_c": "Stage C", "stage_b": "Stage B"}
 NETWORKS = {"stage_c": "prior", "stage_b": "decoder"}  # the lite ones' names end in _lite
 PAIRS = (("full", "full"), ("full", "lite"), ("lite", "full"), ("lite", "lite"))  # C and B, the best first
@@ -137,73 +141,82 @@ def complete(
     return Job(request=request, seeds=seeds, stages=stages, **values)
 
 
+def ways(
+    request: StableCascadeRequest, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Way, ...]:
+    """The ways to make the pictures of a request: its stages full, or lite.
+
+    Raises CheckpointError for a checkpoint without a stage that the request names.
+    """
+    source = parts.source
+
+    def way(variants: Mapping[str, str]) -> Way:
+        networks = [network_name(stage, variant) for stage, variant in variants.items()]
+        return Way(
+            make=lambda: pipeline(request, parts, seeds=seeds, dtype=dtype, stages=variants),
+            label=" and ".join(f"{TITLES[stage]} {variant}" for stage, variant in variants.items()),
+            pace=sum(source.parameter_bytes(name, dtype_name(dtype)) for name in networks),
+        )
+
+    return tuple(map(way, candidates(request, source)))
+
+
 def pipeline(
     request: StableCascadeRequest,
     parts: Parts,
     *,
     seeds: tuple[int, ...],
     dtype: torch.dtype,
-    budget_bytes: int,
+    stages: Mapping[str, str],
 ) -> Pipeline:
-    """The phases of a request, ready to plan and to run; reads configs, loads nothing.
-
-    Raises CheckpointError for a checkpoint without a stage that the request names, or whose stages do not
-    belong together.
-    """
-    source, device = parts.source, parts.device
+    """The phases of a request with these variants of the stages, ready to plan and to run; reads configs,
+    loads nothing. Raises CheckpointError for a checkpoint whose stages do not belong together."""
+    source, device = parts.source, parts.device.type
+    job = complete(request, source, seeds, stages)
     prior_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
-    dtypes = {"stage_c": prior_dtype, "stage_b": dtype}
+    dtypes = {
+        "stage_c": parts.dtype(job.network("stage_c"), prior_dtype),
+        "stage_b": parts.dtype(job.network("stage_b"), dtype),
+        "stage_a": parts.dtype("vqgan", dtype),
+    }
 
-    def stage(name: str, variant: str) -> Component:
-        network = network_name(name, variant)
+    def stage(name: str) -> Component:
+        network = job.network(name)
         return parts.network(
             network, dtypes[name], lambda: UNet(UNetConfig.from_dict(source.config(network)))
         )
 
-    def text() -> Any:
+    def text(device: torch.device) -> Any:
         return load_tokenizer(source), load_projected_clip_text(source, "text_encoder", dtype, device)
 
-    def vision() -> Any:
+    def vision(device: torch.device) -> Any:
         encoder = load_clip_vision(source, "image_encoder", dtype, device)
         size: Any = encoder.config.image_size
         return load_image_processor(source, size), encoder
 
     stage_a_config = StageAConfig.from_dict(source.config("vqgan"))
-    shared = {
+    components = {
         "text_encoder": parts.component("text_encoder", dtype, text),
-        "vqgan": parts.network("vqgan", dtype, lambda: StageA(stage_a_config)),
+        "vqgan": parts.network("vqgan", dtypes["stage_a"], lambda: StageA(stage_a_config)),
     }
     if request.images:
         if not source.has("image_encoder"):
             raise CheckpointError(f"{source.name} has no image_encoder, which image prompts need")
-        shared["image_encoder"] = parts.component("image_encoder", dtype, vision)
+        components["image_encoder"] = parts.component("image_encoder", dtype, vision)
     if source.has("previewer"):
 
         def small() -> Previewer:
-            return Previewer(source.shapes("previewer", dtype_name(prior_dtype))["blocks.0.weight"][0])
+            name = dtype_name(dtypes["stage_c"])
+            return Previewer(source.shapes("previewer", name)["blocks.0.weight"][0])
 
-        shared["previewer"] = parts.network("previewer", prior_dtype, small)
-
-    def plan(variants: Mapping[str, str]) -> tuple[dict[str, Component], tuple[Phase, ...], Job]:
-        job = complete(request, source, seeds, variants)
-        components = shared | {job.network(name): stage(name, variants[name]) for name in NETWORKS}
-        return components, _phases(job, source, stage_a_config, components, dtype, prior_dtype, device), job
-
-    plans: list[tuple[dict[str, Component], tuple[Phase, ...], Job]] = []
-    for variants in candidates(request, source):
-        plans.append(plan(variants))
-        components, phases, job = plans[-1]
-        weights, work = sum(c.bytes for c in components.values()), max(phase.work_bytes for phase in phases)
-        if weights + work <= budget_bytes:
-            break
-    components, phases, job = plans[-1]
-    decisions = told(request, job, source, shrunk=len(plans) > 1)
+        components["previewer"] = parts.network("previewer", dtypes["stage_c"], small)
+    components |= {job.network(name): stage(name) for name in NETWORKS}
     notices = (NOT_IN_FLOAT16,) if prior_dtype != dtype else ()
     return Pipeline(
         components=components,
-        phases=phases,
+        phases=_phases(job, source, stage_a_config, components, dtypes, dtype, device),
         settings=job.settings(),
-        decisions=(*decisions, *notices),
+        decisions=(*unfulfilled(request, job, source), *notices),
         notices=notices,
     )
 
@@ -212,7 +225,7 @@ NOT_IN_FLOAT16 = "Stage C overflows in float16, so it runs in bfloat16; the othe
 
 
 def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[str, str]]:
-    """The variants of the stages that may run, the best first.
+    """The variants of the stages that may run, the best first; left the choice, both full or both lite.
 
     `stages` is a wish that a checkpoint without a variant cannot fulfil in full; `stage_c` and `stage_b` are
     orders. Raises CheckpointError where an order cannot be followed, or a stage is missing altogether.
@@ -228,19 +241,13 @@ def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[s
                 f"{stage} is {order!r}, and {source.name} has {title} only {' and '.join(there)}"
             )
         allowed[stage] = [wish] if wish in there else there
-    return [
-        {"stage_c": c, "stage_b": b} for c, b in PAIRS if c in allowed["stage_c"] and b in allowed["stage_b"]
-    ]
+    pairs = [(c, b) for c, b in PAIRS if c in allowed["stage_c"] and b in allowed["stage_b"]]
+    alike = [(c, b) for c, b in pairs if c == b]
+    return [{"stage_c": c, "stage_b": b} for c, b in (alike or pairs)]
 
 
-def told(request: StableCascadeRequest, job: Job, source: Source, *, shrunk: bool) -> Iterable[str]:
-    """In words, which stages run and why."""
-    chosen = {TITLES[stage]: variant for stage, variant in job.stages.items()}
-    what = " and ".join(f"{title} {variant}" for title, variant in chosen.items())
-    if shrunk:
-        yield f"{what}: larger stages would not fit the memory at hand."
-    else:
-        yield f"{what}."
+def unfulfilled(request: StableCascadeRequest, job: Job, source: Source) -> Iterable[str]:
+    """In words, which wishes for a stage's size the checkpoint cannot fulfil."""
     for stage, title in TITLES.items():
         wish = request.wish(stage)
         if wish not in ("auto", job.stages[stage]):
@@ -252,9 +259,9 @@ def _phases(
     source: Source,
     stage_a_config: StageAConfig,
     components: Mapping[str, Component],
+    dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype,
-    prior_dtype: torch.dtype,
-    device: torch.device,
+    device: str,
 ) -> tuple[Phase, ...]:
     request, prior, decoder = job.request, job.network("stage_c"), job.network("stage_b")
     encoders = ("text_encoder", *(["image_encoder"] if request.images else []))
@@ -284,33 +291,47 @@ def _phases(
         "stage_b", c_key, prompts(job.guided["stage_b"]), components[decoder].identity, job.decoder_steps,
         job.decoder_guidance_scale, schedules["stage_b"],
     )  # fmt: skip
-    batch, item = len(job.seeds), dtype.itemsize
+    images = len(job.seeds)
+
+    def painting(stage: str, size: tuple[int, int]) -> dict[str, Any]:
+        guided, item = job.guided[stage], dtypes[stage].itemsize
+
+        def unet_work(manner: Manner) -> int:
+            batch = manner.images * (2 if guided and not manner.apart else 1)
+            config = configs[job.network(stage)]
+            return work.unet(config, batch, size, item, device=device, rows=manner.rows)
+
+        return {"manners": split(images, guided=guided), "pictures": images, "work": unet_work}
+
+    whole, together = Manner(images=1), (Manner(images=images),) if images > 1 else ()
+    tiles = tuple(Manner(images=1, tile=tile) for tile in TILES if tile < max(b_size))
     return (
         Phase(
             name="encode", components=encoders, key=encode_key,
-            work_bytes=encode_work(source.config("text_encoder"), item),
-            run=lambda parts, _: encode(parts, job, configs[prior]),
+            work=lambda _: work.encode(source.config("text_encoder"), 2, dtype.itemsize),
+            run=lambda parts, *_: encode(parts, job, configs[prior]),
         ),
         Phase(
-            name="stage_c", components=(prior, *previewer), key=c_key,
-            work_bytes=unet_work(configs[prior], batch * (1 + job.guided["stage_c"]), c_size, prior_dtype),
-            run=lambda parts, results: stage_c(
+            name="stage_c", components=(prior, *previewer), key=c_key, **painting("stage_c", c_size),
+            run=lambda parts, results, manner: stage_c(
                 parts[prior], parts.get("previewer"), results["encode"], job, schedules["stage_c"], c_size,
-                prior_dtype, device, rgb["stage_c"],
+                dtypes["stage_c"], rgb["stage_c"], manner,
             ),
         ),
         Phase(
-            name="stage_b", components=(decoder,), key=b_key,
-            work_bytes=unet_work(configs[decoder], batch * (1 + job.guided["stage_b"]), b_size, dtype),
-            run=lambda parts, results: stage_b(
+            name="stage_b", components=(decoder,), key=b_key, **painting("stage_b", b_size),
+            run=lambda parts, results, manner: stage_b(
                 parts[decoder], results["encode"], results["stage_c"], job, schedules["stage_b"], b_size,
-                dtype, device, rgb["stage_b"],
+                dtypes["stage_b"], rgb["stage_b"], manner,
             ),
         ),
         Phase(
             name="stage_a", components=("vqgan",), key=None,
-            work_bytes=stage_a_work(stage_a_config, b_size, dtype),
-            run=lambda parts, results: stage_a(parts["vqgan"], results["stage_b"], dtype, device),
+            manners=(whole, *tiles, *together), pictures=images,
+            work=lambda manner: stage_a_work(stage_a_config, b_size, dtypes["stage_a"], manner, device),
+            run=lambda parts, results, manner: stage_a(
+                parts["vqgan"], results["stage_b"], dtypes["stage_a"], manner
+            ),
         ),
     )  # fmt: skip
 
@@ -384,10 +405,10 @@ def stage_c(
     schedule: CosineSchedule,
     size: tuple[int, int],
     dtype: torch.dtype,
-    device: torch.device,
     rgb: Mapping[str, Any],
+    manner: Manner,
 ) -> Generator[Progress, None, Composition]:
-    prompts = 1 + job.guided["stage_c"]
+    prompts, device = 1 + job.guided["stage_c"], device_of(unet)
     images = torch.cat([text.images, torch.zeros_like(text.images)])[:prompts]  # (P, N, D)
     conditioning = unet.condition(
         *(each.to(device, dtype) for each in (text.pooled[:prompts], text.features[:prompts], images))
@@ -397,12 +418,13 @@ def stage_c(
     def draw(latents: Tensor) -> tuple[Image, ...]:
         if previewer is None:
             return linear_previews(latents, rgb)
-        return tuple(enlarged(picture) for picture in to_pictures(previewer(latents.to(device, dtype))))
+        small = previewer(latents.to(device_of(previewer), dtype))
+        return tuple(enlarged(picture) for picture in to_pictures(small))
 
     latents = yield from denoise(
-        unet, conditioning, noise, schedule, job.prior_steps, job.prior_guidance_scale, dtype, device, draw
+        unet, conditioning, noise, schedule, job.prior_steps, job.prior_guidance_scale, dtype, draw, manner
     )
-    return Composition(finite(latents, "Stage C", dtype), noise.state())
+    return Composition(finite(latents, job.network("stage_c"), "Stage C", dtype), noise.state())
 
 
 @torch.no_grad()
@@ -414,11 +436,11 @@ def stage_b(
     schedule: CosineSchedule,
     size: tuple[int, int],
     dtype: torch.dtype,
-    device: torch.device,
     rgb: Mapping[str, Any],
+    manner: Manner,
 ) -> Generator[Progress, None, Tensor]:
     """→ latents (B, 4, h, w), float32. The noise goes on where Stage C's ended."""
-    prompts = 1 + job.guided["stage_b"]
+    prompts, device = 1 + job.guided["stage_b"], device_of(unet)
     effnet = composition.latents.to(device, dtype)
     if job.guided["stage_b"]:
         effnet = torch.cat([effnet, torch.zeros_like(effnet)])
@@ -427,9 +449,9 @@ def stage_b(
     noise.restore(composition.noise)
     steps, guidance = job.decoder_steps, job.decoder_guidance_scale
     latents = yield from denoise(
-        unet, conditioning, noise, schedule, steps, guidance, dtype, device, lambda x: linear_previews(x, rgb)
+        unet, conditioning, noise, schedule, steps, guidance, dtype, lambda x: linear_previews(x, rgb), manner
     )
-    return finite(latents, "Stage B", dtype)
+    return finite(latents, job.network("stage_b"), "Stage B", dtype)
 
 
 def denoise(
@@ -440,22 +462,26 @@ def denoise(
     steps: int,
     guidance_scale: float,
     dtype: torch.dtype,
-    device: torch.device,
     draw: Draw,
+    manner: Manner,
 ) -> Generator[Progress, None, Tensor]:
-    """→ latents (B, C, h, w), float32. Guided, the prompt's half and the other's run in one batch."""
-    guided = guidance_scale > 1.0
+    """→ latents (B, C, h, w), float32."""
+    prompts = 2 if guidance_scale > 1.0 else 1
 
     def predict(latents: Tensor, ratio: Tensor) -> Tensor:
-        x = latents.to(dtype).repeat(1 + guided, 1, 1, 1)
-        out = unet(x, ratio.expand(len(x)), conditioning).float()
-        if not guided:
-            return out
-        with_prompt, without = out.chunk(2)
+        def forward(which: slice, some: slice) -> Tensor:
+            x = latents[some].to(dtype).repeat(len(range(prompts)[which]), 1, 1, 1)
+            part = conditioning.of(which, some, len(latents))
+            return unet(x, ratio.expand(len(x)), part).float()
+
+        out = predictions(forward, len(latents), prompts, manner)
+        if prompts == 1:
+            return out[0]
+        with_prompt, without = out
         return torch.lerp(without, with_prompt, guidance_scale)
 
     latents: Tensor | None = None
-    for state in sample_wuerstchen(predict, noise, schedule, steps, device):
+    for state in sample_wuerstchen(predict, noise, schedule, steps, device_of(unet)):
         latents, estimate = state.latents, state.denoised
         yield Progress(step=state.step, steps=state.steps, preview=lambda x=estimate: draw(x))
     assert latents is not None
@@ -464,43 +490,25 @@ def denoise(
 
 @torch.no_grad()
 def stage_a(
-    network: StageA, latents: Tensor, dtype: torch.dtype, device: torch.device
+    network: StageA, latents: Tensor, dtype: torch.dtype, manner: Manner
 ) -> Generator[Progress, None, list[Image]]:
-    """→ one picture per image, decoded one at a time: its features are the largest of all."""
+    """→ one picture per image. Raises NotFinite for pixels that are no numbers."""
     pictures: list[Image] = []
-    for index, one in enumerate((latents * network.config.scale_factor).split(1)):
-        pixels = network.decode(one.to(device, dtype).to(memory_format=layout_of(dtype)))
-        pictures += to_pictures(finite(pixels, "Stage A", dtype))
-        yield Progress(step=index + 1, steps=len(latents))
+    for some in (latents * network.config.scale_factor).split(manner.images):
+        x = some.to(device_of(network), dtype).to(memory_format=layout_of(dtype))
+        pixels = in_tiles(network.decode, x, manner.tile, network.config.scale)
+        pictures += to_pictures(finite(pixels, "vqgan", "Stage A", dtype))
+        yield Progress(step=len(pictures), steps=len(latents))
     return pictures
 
 
-def encode_work(config: Mapping[str, Any], item: int) -> int:
-    """Bytes of activations of the text encoder over two prompts, the result of every layer kept: 20 MiB with
-    CLIP-bigG in bf16, small beside every other phase."""
-    width, layers = config.get("hidden_size", CLIP_WIDTH), config.get("num_hidden_layers", 12)
-    return 2 * 77 * width * (layers + 16) * item
-
-
-def unet_work(config: UNetConfig, batch: int, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of activations of one forward: copies of the largest level's features, the skip connections, and
-    the conditioning's keys and values. At 1024² in bf16, 230 MiB for Stage B and 160 for guided Stage C."""
-    height, width = (side // config.patch_size for side in size)
-    switched = config.switch_level
-    copies = 13 if config.effnet_in_channels is None else 20  # Stage B keeps its local conditioning besides
-    largest, skips = 0, 0
-    for level, channels in enumerate(config.block_out_channels):
-        features = height * width * channels
-        largest, skips = max(largest, features), skips + features
-        if switched is None or (level < config.levels - 1 and switched[level]):
-            height, width = math.ceil(height / 2), math.ceil(width / 2)
-    layers = sum(config.down_num_layers_per_block) + sum(config.up_num_layers_per_block)
-    tokens = config.clip_seq if config.clip_text_in_channels is None else 77 + 2 * config.clip_seq
-    keys = 2 * layers * tokens * max(config.block_out_channels) * 2
-    return (batch * (copies * largest + skips) + keys) * dtype.itemsize
-
-
-def stage_a_work(config: StageAConfig, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """Bytes of activations: several copies of the outer level, four times the pixels at half the width; 530
-    MiB at 1024² in bf16."""
-    return 11 * size[0] * size[1] * config.embed_dim * dtype.itemsize
+def stage_a_work(
+    config: StageAConfig, size: tuple[int, int], dtype: torch.dtype, manner: Manner, device: str
+) -> int:
+    """Bytes of activations; of tiles, those of one beside the picture that they are added to."""
+    height, width = size
+    if manner.tile is None:
+        return manner.images * work.stage_a(config, size, dtype.itemsize, device=device)
+    tile = min(manner.tile, height), min(manner.tile, width)
+    added = height * width * config.scale**2 * 4 * (2 * 3 + 1)  # float32, and their weights
+    return work.stage_a(config, tile, dtype.itemsize, device=device) + added

@@ -296,6 +296,14 @@ class Conditioning:
     tokens: Mapping[nn.Module, tuple[Tensor, Tensor]]
     local: Tensor | None
 
+    def of(self, prompts: slice, some: slice, images: int) -> Conditioning:
+        """That of these prompts and these of the pictures."""
+        local = self.local
+        if local is not None and len(local) > 1:  # one stands for all
+            local = local.unflatten(0, (-1, images))[prompts, some].flatten(0, 1)
+        tokens = {block: (key[prompts], value[prompts]) for block, (key, value) in self.tokens.items()}
+        return Conditioning(tokens=tokens, local=local)
+
 
 class UNet(nn.Module):
     """Predicts the noise in latents. Build it from a config, load weights, call `condition`, then it."""

@@ -1,28 +1,90 @@
 """Where every component lives and what each phase takes, decided before anything loads.
 
-A pure function of (components, phases, hardware, cap). This version knows two placements: `resident`, which
-stays on the device, and `swapped`, which is there for its phase only. Peak of a phase = all that is resident
-+ what it uses that is swapped + its work.
+A pure function of (the ways to make the picture, hardware, wishes, lessons). The ladder of `auto`, a rung
+taken only when no earlier one fits:
+
+    resident → swapped → fewer images per forward, guidance's halves apart, tiles → the next smaller way
+    (T5 with 8 bits, with 4; Cascade lite) → streamed → T5 beside the card, on the CPU → without T5
+
+`quality` keeps to the best way and streams it; `speed` looks for a way that stays resident first, the one
+with the least to compute. Peak of a phase = what stays on the device + what it uses that does not + its work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
+from backend.memory.blocks import slots
 from backend.memory.hardware import GIB, Hardware
+from backend.phases import Component, Manner, Phase, Pipeline, Way
 
 # Kept free for the device's own context, its libraries' workspaces and fragmentation.
 RESERVE_BYTES = {"cpu": GIB // 2, "cuda": GIB // 2, "mps": GIB // 2}
+RAM_RESERVE_BYTES = GIB  # beside a card, for the program itself and the rest of the machine
+WHOLE = 2**30  # attention's queries at once: more than there ever are
+ROWS = (1024, 128)  # fewer, where scores are held
+ALL = Manner()
+
+TITLES = {
+    "text_encoder": "the text encoder",
+    "text_encoder_2": "the second text encoder",
+    "text_encoder_3": "T5",
+    "image_encoder": "the image encoder",
+    "unet": "the UNet",
+    "transformer": "the transformer",
+    "vae": "the VAE",
+    "prior": "Stage C",
+    "prior_lite": "Stage C lite",
+    "decoder": "Stage B",
+    "decoder_lite": "Stage B lite",
+    "vqgan": "Stage A",
+    "previewer": "the previewer",
+}
+PHASES = {
+    "encode": "Reading the prompt",
+    "encode_clip": "Reading the prompt",
+    "encode_t5": "Reading the prompt with T5",
+    "denoise": "Painting",
+    "decode": "Decoding",
+    "stage_c": "Stage C",
+    "stage_b": "Stage B",
+    "stage_a": "Stage A",
+}
+SENT = ("device", "budget_bytes", "peak_bytes", "decisions")
+SENT_OF_PHASE = ("name", "work_bytes", "peak_bytes")
+SENT_OF_COMPONENT = ("name", "placement", "precision", "bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the user asks of the plan; "auto" leaves it the choice. `offload` can be "none", "model" (whole
+    components, swapped) or "sequential" (streamed); the others "on" or "off"; `device_map` "single" or
+    "balanced"."""
+
+    prefer: str = "auto"
+    offload: str = "auto"
+    attention_slicing: str = "auto"
+    vae_slicing: str = "auto"
+    vae_tiling: str = "auto"
+    device_map: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedComponent:
+    """`placement` is resident, swapped, streamed or cpu. `held_bytes` is what it takes of the device's memory
+    when its phase runs: less than its `bytes` if it is streamed, or mapped from a file. What is not on the
+    `device` waits at `home`: in "ram", or in the "file" alone."""
+
     name: str
     placement: str
     precision: str
     bytes: int
+    held_bytes: int
+    device: str
+    home: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +93,48 @@ class PlannedPhase:
     work_bytes: int
     peak_bytes: int
     components: tuple[PlannedComponent, ...]
+    manner: Manner = ALL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """`way` is the number of the one that was chosen among those offered."""
+
     device: str
     budget_bytes: int
     peak_bytes: int
     phases: tuple[PlannedPhase, ...]
     decisions: tuple[str, ...]
+    fits: bool
+    way: int = 0
 
     @property
-    def fits(self) -> bool:
-        return self.peak_bytes <= self.budget_bytes
+    def components(self) -> dict[str, PlannedComponent]:
+        return {part.name: part for phase in self.phases for part in phase.components}
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What tells one way to run from another."""
+        return self.way, tuple((phase.manner, phase.components) for phase in self.phases)
+
+    def held(self, phase: PlannedPhase) -> list[PlannedComponent]:
+        """What is in the device's memory while a phase runs: what it uses, and what stays besides."""
+        used = {part.name for part in phase.components}
+        staying = (part for part in self.components.values() if part.placement == "resident")
+        return [*phase.components, *(part for part in staying if part.name not in used)]
 
     def to_dict(self) -> dict[str, Any]:
         """The shape that the `/plan` endpoint returns."""
         plain = asdict(self)
-        for phase in plain["phases"]:
-            phase["components"] = list(phase["components"])
-        return {**plain, "phases": list(plain["phases"]), "decisions": list(plain["decisions"])}
+        phases = [
+            {
+                **{key: phase[key] for key in SENT_OF_PHASE},
+                "components": [{key: part[key] for key in SENT_OF_COMPONENT} for part in phase["components"]],
+            }
+            for phase in plain["phases"]
+        ]
+        sent = {key: plain[key] for key in SENT}
+        return {**sent, "phases": phases, "decisions": list(plain["decisions"])}
 
     def __str__(self) -> str:
         lines = [f"{self.device}: {gib(self.peak_bytes)} of {gib(self.budget_bytes)}"]
@@ -65,68 +149,425 @@ def gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
 
 
-def _advice(weights_alone: bool, precisions: set[str]) -> str:
-    if weights_alone and "float32" not in precisions:
-        return "The weights alone are too large: another device or a smaller checkpoint is needed."
-    if weights_alone:
-        return "The weights alone are too large; in 16 bits they take half."
-    return "A smaller picture or fewer images take less."
-
-
 def budget_bytes(hardware: Hardware, cap_gib: float | None) -> int:
     """min(free, cap) − reserve: what components and work may take together."""
     free = hardware.free_bytes if cap_gib is None else min(hardware.free_bytes, int(cap_gib * GIB))
     return max(free - RESERVE_BYTES[hardware.device], 0)
 
 
+def lesson_of(phase: Phase, pipeline: Pipeline) -> Hashable:
+    """What is learned of a phase's work is learned for this network, whatever the request."""
+    return phase.name, tuple(pipeline.components[name].identity for name in phase.components)
+
+
 def make_plan(
-    components: Mapping[str, tuple[int, str]],
-    phases: Sequence[tuple[str, Sequence[str], int]],
+    ways: Sequence[Way],
     *,
     hardware: Hardware,
     cap_gib: float | None = None,
-    decisions: Sequence[str] = (),
-    passing: Collection[str] = (),
+    wishes: Wishes = Wishes(),
+    lessons: Mapping[Hashable, float] | None = None,
 ) -> Plan:
-    """Plan components (name → bytes as run, precision) and phases (name, the components it uses, bytes of
-    work). Those that are `passing` leave the device after their phase."""
-    budget = budget_bytes(hardware, cap_gib)
-    resident = sum(size for name, (size, _) in components.items() if name not in passing)
+    """The plan of the first rung that fits; of the leanest one, saying what it lacks, where none does.
 
-    def phase(name: str, used: Sequence[str], work: int) -> PlannedPhase:
-        parts = tuple(
-            PlannedComponent(
-                name=part,
-                placement="swapped" if part in passing else "resident",
-                precision=components[part][1],
-                bytes=components[part][0],
-            )
-            for part in used
-        )
-        swapped = sum(part.bytes for part in parts if part.placement == "swapped")
-        peak = resident + swapped + work
-        return PlannedPhase(name=name, work_bytes=work, peak_bytes=peak, components=parts)
+    `ways` are offered the best first, those that lack a part last. `lessons` are factors by which the work of
+    phases (`lesson_of`) turned out to be larger than its formula.
+    """
+    planner = _Planner(hardware, cap_gib, wishes, lessons or {})
+    pipelines = [cache(way.make) for way in ways]  # a smaller one is not made while a larger one fits
+    failed: dict[int, _Sketch] = {}  # the leanest of each way
+    for number, rung in _ladder(ways, wishes):
+        for sketch in planner.sketches(pipelines[number](), rung):
+            if sketch.fits:
+                return planner.plan(sketch, number, _why(ways, number, failed))
+            failed[number] = sketch
+    leanest = min(failed, key=lambda number: failed[number].excess)
+    return planner.plan(failed[leanest], leanest, "")
 
-    planned = tuple(phase(*each) for each in phases)
-    peak = max(phase.peak_bytes for phase in planned)
-    largest = max(planned, key=lambda phase: phase.peak_bytes)
-    weights = largest.peak_bytes - largest.work_bytes
-    where = hardware.name if hardware.device != "cpu" else "the CPU"
-    advice = _advice(weights > budget, {precision for _, precision in components.values()})
-    if passing and resident + max(phase.work_bytes for phase in planned) <= budget:
-        advice = f"All but {' and '.join(passing)} fits: it can run smaller, or be left out."
-    if peak <= budget:
-        stays = f"All but {' and '.join(passing)} stays" if passing else "Everything stays"
-        verdict = f"{stays} in memory on {where}: {gib(peak)} of the {gib(budget)} at hand."
-    else:
-        verdict = (
-            f"Does not fit {where}: {largest.name} needs {gib(peak)}, {gib(weights)} of it weights, "
-            f"and {gib(budget)} is at hand. {advice}"
-        )
-    return Plan(
-        device=hardware.device,
-        budget_bytes=budget,
-        peak_bytes=peak,
-        phases=planned,
-        decisions=(verdict, *decisions),
+
+def _why(ways: Sequence[Way], number: int, failed: Mapping[int, _Sketch]) -> str:
+    """In words, which way was chosen, and what kept the best one from fitting."""
+    label = ways[number].label
+    if not label:
+        return ""
+    if 0 not in failed or number == 0:
+        return f"{label}."
+    short = failed[0].worst
+    return (
+        f"{label}: otherwise {phase_title(short.name)} would take {gib(short.peak_bytes)} at once, "
+        f"and {gib(short.budget_bytes)} is at hand."
     )
+
+
+def _ladder(ways: Sequence[Way], wishes: Wishes) -> Iterator[tuple[int, str]]:
+    """Numbers of ways with the rungs to try of them, in order."""
+    whole = [number for number, way in enumerate(ways) if not way.lacking]
+    lacking = [number for number, way in enumerate(ways) if way.lacking]
+    fitting = {
+        "none": ("resident", "spread", "packed"),
+        "model": ("swapped", "split"),
+        "sequential": ("streamed",),
+    }.get(wishes.offload, ("resident", "spread", "swapped", "split"))
+    last = {"none": (), "model": ("aside",)}.get(wishes.offload, ("streamed", "aside"))
+    if wishes.prefer == "quality":
+        whole, lacking = ([*whole, *lacking][:1], [])
+    if wishes.prefer == "speed":
+        whole.sort(key=lambda number: ways[number].pace)
+        yield from ((number, rung) for rung in fitting for number in whole)
+    else:
+        yield from ((number, rung) for number in whole for rung in fitting)
+    yield from ((number, rung) for rung in last for number in whole[-1:])
+    yield from ((number, rung) for number in lacking for rung in (*fitting, *last))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SketchedPhase:
+    """A phase as it would run: on a card, with what it uses there."""
+
+    name: str
+    manner: Manner
+    device: str
+    work_bytes: int
+    peak_bytes: int
+    budget_bytes: int
+    used: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sketch:
+    """A plan without words: where each component goes, how each phase runs."""
+
+    pipeline: Pipeline
+    phases: tuple[_SketchedPhase, ...]
+    components: Mapping[str, PlannedComponent]
+    ram_excess: int = 0  # what RAM lacks for what waits in it or runs there
+
+    @property
+    def worst(self) -> _SketchedPhase:
+        return max(self.phases, key=lambda phase: phase.peak_bytes - phase.budget_bytes)
+
+    @property
+    def excess(self) -> int:
+        return max(self.worst.peak_bytes - self.worst.budget_bytes, self.ram_excess)
+
+    @property
+    def fits(self) -> bool:
+        return self.excess <= 0
+
+
+class _Planner:
+    def __init__(
+        self, hardware: Hardware, cap_gib: float | None, wishes: Wishes, lessons: Mapping[Hashable, float]
+    ) -> None:
+        self.hardware, self.wishes, self.lessons = hardware, wishes, lessons
+        self.on_cpu = hardware.device == "cpu"
+        self.budget = budget_bytes(hardware, cap_gib)
+        self.ram = max(hardware.ram_free_bytes - RAM_RESERVE_BYTES, 0)
+        reserve = RESERVE_BYTES["cuda"]
+        cap = cap_gib * GIB if cap_gib is not None else float("inf")
+        self.others = {
+            card.device: max(int(min(card.free_bytes, cap)) - reserve, 0) for card in hardware.others
+        }
+
+    def sketches(self, pipeline: Pipeline, rung: str) -> Iterator[_Sketch]:
+        """The sketches of a rung, to be tried in order."""
+        parts = pipeline.components
+        # first out is what runs once a prompt, the largest first
+        order = sorted(parts, key=lambda n: (not _once(n), -self.takes(parts[n])))
+        passing = [name for name in parts if self.on_cpu and parts[name].passing]
+        rest = [name for name in order if name not in passing]
+        if rung in ("resident", "packed"):
+            yield self.sketch(pipeline, passing, lean=rung == "packed")
+        elif rung == "spread" and self.others and self.wishes.device_map != "single":
+            yield self.sketch(pipeline, [], devices=self.spread(pipeline))
+        elif rung == "swapped":
+            first = len(rest) if self.wishes.offload == "model" else 1
+            for count in range(first, len(rest) + 1):
+                yield self.sketch(pipeline, [*passing, *rest[:count]])
+        elif rung == "split":
+            yield self.sketch(pipeline, order, lean=True)
+        elif rung == "streamed":
+            always = self.wishes.offload == "sequential"
+            yield self.sketch(pipeline, order, lean=True, streams="always" if always else "if need be")
+        elif rung == "aside" and not self.on_cpu:
+            aside = [name for name in order if parts[name].stands_aside]
+            if aside:
+                yield self.sketch(pipeline, order, lean=True, streams="if need be", aside=aside)
+
+    def takes(self, component: Component) -> int:
+        """Of the device's memory: what is mapped from a file takes none of a CPU's."""
+        return component.copied_bytes if self.on_cpu else component.bytes
+
+    def sketch(
+        self,
+        pipeline: Pipeline,
+        off: Collection[str],
+        *,
+        lean: bool = False,
+        streams: str = "never",
+        aside: Collection[str] = (),
+        devices: Mapping[str, str] | None = None,
+    ) -> _Sketch:
+        """With the components `off` the device but for their phases, those that stand `aside` on the CPU; a
+        `lean` one takes for each phase the first manner that fits."""
+        parts, here = pipeline.components, self.hardware.device
+        where = {name: (devices or {}).get(name, here) for name in parts}
+        held = {name: self.takes(part) for name, part in parts.items()}
+        stays = [name for name in parts if name not in off and name not in aside]
+        streamed: set[str] = set()
+        phases: list[_SketchedPhase] = []
+        for phase in pipeline.phases:
+            used = tuple(name for name in phase.components if name not in aside)
+            device = where[phase.components[0]]
+            budget = self.others.get(device, self.budget)
+            keeps = sum(held[name] for name in stays if where[name] == device)
+            manners = self.manners(phase)
+            room = budget - keeps
+            need = {name: held[name] for name in used if name in off}
+            chosen: tuple[Manner, Mapping[str, int]] | None = None
+            if streams != "always":
+                tried = manners if lean else manners[:1]
+                fitting = (m for m in tried if self.work(phase, pipeline, m) + sum(need.values()) <= room)
+                chosen = next(((manner, need) for manner in fitting), None)
+            if chosen is None and streams != "never":
+                chosen = self.streamed(phase, pipeline, need, manners, room, always=streams == "always")
+            manner, taken = chosen or (manners[-1 if lean else 0], need)
+            streamed |= {name for name in taken if taken[name] < need[name] or streams == "always"}
+            held |= taken
+            work = self.work(phase, pipeline, manner) if used else 0
+            phases.append(
+                _SketchedPhase(
+                    name=phase.name,
+                    manner=manner,
+                    device=device,
+                    work_bytes=work,
+                    used=phase.components,
+                    peak_bytes=keeps + sum(taken.values()) + work,
+                    budget_bytes=budget,
+                )
+            )
+        waiting = {name: parts[name].copied_bytes for name in parts if name in off or name in aside}
+        homes, excess = self.homes(pipeline, waiting, aside, streamed)
+
+        def planned(name: str) -> PlannedComponent:
+            part = parts[name]
+            placement = "cpu" if name in aside else "streamed" if name in streamed else "swapped"
+            if name in stays:
+                placement = "resident"
+                if self.on_cpu and part.bytes > self.budget:
+                    placement = "streamed"  # mapped, it is read from its file as it runs
+            return PlannedComponent(
+                name=name, placement=placement, precision=part.precision, bytes=part.bytes,
+                held_bytes=0 if name in aside else held[name],
+                device="cpu" if name in aside else where[name], home=homes.get(name, ""),
+            )  # fmt: skip
+
+        components = {name: planned(name) for name in parts}
+        return _Sketch(pipeline=pipeline, phases=tuple(phases), components=components, ram_excess=excess)
+
+    def streamed(
+        self,
+        phase: Phase,
+        pipeline: Pipeline,
+        need: Mapping[str, int],
+        manners: Sequence[Manner],
+        room: int,
+        *,
+        always: bool,
+    ) -> tuple[Manner, Mapping[str, int]]:
+        """The first manner with which the phase fits if its largest components are streamed, as few as need
+        be, and what they take then: all the room that is left. The leanest, where none fits."""
+        parts = pipeline.components
+        blocks = {name: of() for name in need if (of := parts[name].blocks) is not None}
+        candidates = sorted((name for name in need if name in blocks), key=lambda name: -need[name])
+        count = slots(self.hardware.device)
+        least = {
+            name: min(blocks[name].kept + count * max(blocks[name].blocks, default=0), need[name])
+            for name in candidates
+        }
+        taken: dict[str, int] = dict(need)
+        for manner in manners:
+            work = self.work(phase, pipeline, manner)
+            for several in range(len(candidates) if always else 1, len(candidates) + 1):
+                taken = {**need, **{name: least[name] for name in candidates[:several]}}
+                spare = room - work - sum(taken.values())
+                if spare < 0:
+                    continue
+                if always:
+                    return manner, taken
+                largest = candidates[0]
+                taken[largest] = min(taken[largest] + spare, need[largest] - 1)
+                return manner, taken
+        return manners[-1], taken
+
+    def homes(
+        self,
+        pipeline: Pipeline,
+        waiting: Mapping[str, int],
+        aside: Collection[str],
+        streamed: Collection[str],
+    ) -> tuple[dict[str, str], int]:
+        """Where what is not on the device waits, and what RAM lacks for it. On a CPU that is the file; beside
+        a card RAM, as long as that holds it."""
+        if self.on_cpu:
+            return dict.fromkeys(waiting, "file"), 0
+        homes, total = dict.fromkeys(waiting, "ram"), sum(waiting.values())
+        for name in sorted(waiting, key=lambda name: -waiting[name]):
+            # what is streamed from its file must be readable in pieces, what runs on the CPU is there
+            part = pipeline.components[name]
+            if total > self.ram and name not in aside and not (name in streamed and part.open is None):
+                homes[name], total = "file", total - waiting[name]
+        return homes, total - self.ram
+
+    def spread(self, pipeline: Pipeline) -> dict[str, str]:
+        """Component → card: each, the largest first, where most room is left."""
+        parts = pipeline.components
+        work: dict[str, int] = {}
+        for phase in pipeline.phases:
+            for name in phase.components:
+                work[name] = max(work.get(name, 0), self.work(phase, pipeline, self.manners(phase)[0]))
+        room = {self.hardware.device: self.budget, **self.others}
+        cards: dict[str, str] = {}
+        for phase in sorted(pipeline.phases, key=lambda p: -sum(parts[n].bytes for n in p.components)):
+            card = max(room, key=lambda card: room[card])
+            for name in phase.components:  # together: they compute on each other's results
+                if name not in cards:
+                    cards[name] = card
+                    room[card] -= parts[name].bytes
+        return cards
+
+    def manners(self, phase: Phase) -> tuple[Manner, ...]:
+        """Those that the wishes leave, the fastest first; where attention holds its scores, with fewer and
+        fewer queries at once."""
+        wishes, chosen = self.wishes, phase.manners
+        tiled = [manner for manner in chosen if manner.tile is not None]
+        if tiled and wishes.vae_tiling != "auto":
+            chosen = [manner for manner in chosen if (manner.tile is not None) == (wishes.vae_tiling == "on")]
+        if wishes.vae_slicing == "off" and phase.name in ("decode", "stage_a"):
+            together = [manner for manner in chosen if manner.images == phase.pictures]
+            chosen = together or chosen
+        if wishes.attention_slicing == "on":
+            return tuple(replace(manner, rows=rows) for manner in chosen for rows in ROWS)
+        if self.hardware.fused_attention:
+            return tuple(chosen)
+        each = (WHOLE,) if wishes.attention_slicing == "off" else (WHOLE, *ROWS)
+        return tuple(replace(manner, rows=rows) for manner in chosen for rows in each)
+
+    def work(self, phase: Phase, pipeline: Pipeline, manner: Manner) -> int:
+        factor = self.lessons.get(lesson_of(phase, pipeline), 1.0) if self.lessons else 1.0
+        asked = manner
+        if self.hardware.fused_attention and manner.rows is not None:
+            asked = replace(manner, rows=None)
+        return round(phase.work(asked) * factor)
+
+    # ---- words
+
+    def plan(self, sketch: _Sketch, number: int, why: str) -> Plan:
+        parts, worst = sketch.components, sketch.worst
+        phases = tuple(
+            PlannedPhase(
+                name=phase.name,
+                work_bytes=phase.work_bytes,
+                peak_bytes=phase.peak_bytes,
+                components=tuple(parts[name] for name in phase.used),
+                manner=phase.manner,
+            )
+            for phase in sketch.phases
+        )
+        told = (self.verdict(sketch), why, *self.details(sketch), *sketch.pipeline.decisions)
+        return Plan(
+            device=self.hardware.device,
+            budget_bytes=worst.budget_bytes,
+            peak_bytes=worst.peak_bytes,
+            phases=phases,
+            decisions=tuple(filter(None, told)),
+            fits=sketch.fits,
+            way=number,
+        )
+
+    def verdict(self, sketch: _Sketch) -> str:
+        parts, worst = sketch.components.values(), sketch.worst
+        where = "the CPU" if self.on_cpu else self.hardware.name
+        if sketch.ram_excess > 0:
+            return (
+                f"Does not fit this machine: RAM lacks {gib(sketch.ram_excess)} for what is not on {where} "
+                "all the time."
+            )
+        if not sketch.fits:
+            weights = worst.peak_bytes - worst.work_bytes
+            return (
+                f"Does not fit {where}: {phase_title(worst.name)} needs {gib(worst.peak_bytes)}, "
+                f"{gib(weights)} of it weights, and {gib(worst.budget_bytes)} is at hand."
+            )
+        at_most = f"{gib(worst.peak_bytes)} of the {gib(worst.budget_bytes)} at hand"
+        coming = [part.name for part in parts if part.placement in ("swapped", "streamed")]
+        if not coming:
+            return f"Everything stays in memory on {where}: {at_most}."
+        if len(coming) == len(parts):
+            return f"Every part is in memory on {where} only while it works: at most {at_most}."
+        return f"{listed(coming)} in memory on {where} only while {works(coming)}: at most {at_most}."
+
+    def details(self, sketch: _Sketch) -> Iterator[str]:
+        """A sentence for each thing that is done for want of memory, and is no order."""
+        parts = sketch.components.values()
+        where = "CPU" if self.on_cpu else "card"
+        for part in parts:
+            name = title(part.name)
+            if part.placement == "cpu":
+                yield f"{name} runs on the CPU, in RAM: the card has no room for it."
+            elif part.placement == "streamed" and part.home == "ram":
+                yield (
+                    f"{name} is streamed: {gib(part.held_bytes)} of its {gib(part.bytes)} are on the {where} "
+                    "at once, the rest comes block by block while it computes."
+                )
+            elif part.placement == "streamed":
+                yield f"{name} is read from its file block by block as it computes: memory does not hold it."
+            elif part.home == "file" and not self.on_cpu:
+                yield f"{name} is read again from its file for every use: RAM does not hold it."
+            if part.device not in (self.hardware.device, "cpu"):
+                yield f"{name} is on {part.device}."
+        for phase, sketched in zip(sketch.pipeline.phases, sketch.phases, strict=True):
+            yield from self.cuts(phase, sketched.manner)
+        mapped = sum(part.bytes - part.held_bytes for part in parts if self.on_cpu)
+        if mapped > GIB // 100:
+            yield f"{gib(mapped)} of weights are read where they lie in their files, and take no memory."
+
+    def cuts(self, phase: Phase, manner: Manner) -> Iterator[str]:
+        first, name = phase.manners[0], phase_title(phase.name)
+        if manner.images < first.images:
+            together = "one" if manner.images == 1 else str(manner.images)
+            yield f"{name} works on {together} of the {first.images} pictures at once: all would not fit."
+        if manner.apart and not first.apart:
+            yield f"{name} computes guidance's two halves one after the other: both would not fit."
+        if manner.tile is not None and first.tile is None:
+            why = "as asked for" if self.wishes.vae_tiling == "on" else "the whole would not fit"
+            yield f"{name} goes in tiles of {manner.tile} latent pixels: {why}."
+        if manner.rows in ROWS:
+            why = "as asked for" if self.wishes.attention_slicing == "on" else "all would not fit"
+            yield f"{name} attends with {manner.rows} queries at a time: {why}."
+
+
+def title(name: str) -> str:
+    """A component in words, as at the start of a sentence."""
+    words = TITLES.get(name, name)
+    return words[0].upper() + words[1:]
+
+
+def phase_title(name: str) -> str:
+    return PHASES.get(name, name.replace("_", " ").capitalize())
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "The transformer and T5 are" """
+    words = [TITLES.get(name, name) for name in names]
+    text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{text[0].upper()}{text[1:]} {'is' if len(words) == 1 else 'are'}"
+
+
+def works(names: Sequence[str]) -> str:
+    return "it works" if len(names) == 1 else "they work"
+
+
+def _once(name: str) -> bool:
+    """Whether a component runs once a prompt, so that its absence costs the least."""
+    return "encoder" in name

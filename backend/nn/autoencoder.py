@@ -8,7 +8,7 @@ Letters: B batch, C channels, H W pixels, h w latent pixels, Z latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from backend.errors import CheckpointError
 from backend.nn.configs import read_config, require, require_each
 from backend.nn.layers import ResnetBlock, Upsample, attend
+from backend.nn.tiles import tiled
 
 EPS = 1e-6
 
@@ -235,41 +236,4 @@ def _piecewise(
         )
     if tile is None or max(x.shape[-2:]) <= tile:
         return network(x)
-    return _tiled(network, x, tile // step * step, max(tile // 4 // step * step, step), numer, denom)
-
-
-def _tiled(
-    network: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, numer: int, denom: int
-) -> Tensor:
-    """Blend overlapping tiles: each is weighted by a ramp that falls off towards its own edges."""
-    height, width = x.shape[-2:]
-    out: Tensor | None = None
-    weight = torch.zeros(height * numer // denom, width * numer // denom, device=x.device)
-    ramp = overlap * numer // denom
-    for top, bottom in _spans(height, tile, overlap):
-        for left, right in _spans(width, tile, overlap):
-            piece = network(x[..., top:bottom, left:right]).float()
-            window = _ramp(piece.shape[-2], ramp, x.device)[:, None] * _ramp(piece.shape[-1], ramp, x.device)
-            if out is None:
-                out = torch.zeros(*piece.shape[:2], *weight.shape, device=x.device)
-            y, x_ = top * numer // denom, left * numer // denom
-            place = (..., slice(y, y + piece.shape[-2]), slice(x_, x_ + piece.shape[-1]))
-            out[place] += piece * window
-            weight[place] += window
-    assert out is not None
-    return (out / weight).to(x.dtype)
-
-
-def _spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
-    """Starts and ends of tiles that cover `length`, the last one moved back to end on the edge."""
-    start = 0
-    while start + tile < length:
-        yield start, start + tile
-        start += tile - overlap
-    yield max(length - tile, 0), length
-
-
-def _ramp(length: int, ramp: int, device: torch.device) -> Tensor:
-    """1 in the middle, falling linearly to near 0 over `ramp` pixels at both ends: (length,)."""
-    distance = torch.arange(length, device=device) + 0.5
-    return (torch.minimum(distance, length - distance) / ramp).clamp(max=1.0)
+    return tiled(network, x, tile // step * step, max(tile // 4 // step * step, step), numer, denom)

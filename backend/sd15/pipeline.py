@@ -16,16 +16,18 @@ from backend.decoding import decode_phase
 from backend.errors import CheckpointError
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.nn.pictures import linear_previews
-from backend.phases import Phase, Pipeline, Progress
+from backend.phases import Manner, Phase, Pipeline, Progress, Way, split
 from backend.requests import SD15Request
+from backend.sampling.forwards import predictions
 from backend.sampling.noise import Noise
 from backend.sampling.samplers import sample
 from backend.sampling.schedules import ScheduleConfig
+from backend.sd15 import work
 from backend.sd15.defaults import defaults
 from backend.sd15.unet import UNet, UNetConfig
 from backend.text.encoders import load_clip_text, load_tokenizer
 from backend.text.prompts import encode_prompts
-from backend.weights.parts import Parts, completed, layout_of
+from backend.weights.parts import Parts, completed, device_of, layout_of
 from backend.weights.source import Source
 
 # What "auto" means on a device that computes in it: fp16 keeps three more bits than bf16, and no network of
@@ -78,14 +80,19 @@ def complete(request: SD15Request, source: Source, seeds: tuple[int, ...]) -> Jo
     return Job(request=request, seeds=seeds, distilled=distilled, **values)
 
 
-def pipeline(
-    request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype, budget_bytes: int
-) -> Pipeline:
+def ways(
+    request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Way, ...]:
+    """The one way to make the pictures of a request; see `pipeline`."""
+    return (Way(make=lambda: pipeline(request, parts, seeds=seeds, dtype=dtype)),)
+
+
+def pipeline(request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype) -> Pipeline:
     """The phases of a request, ready to plan and to run; reads configs, loads nothing.
 
     Raises CheckpointError for a checkpoint of this class that needs a picture to start from.
     """
-    source, device = parts.source, parts.device
+    source, device = parts.source, parts.device.type
     job = complete(request, source, seeds)
     unet_config = UNetConfig.from_dict(source.config("unet"))
     vae_config = AutoencoderConfig.from_dict(source.config("vae"))
@@ -96,14 +103,15 @@ def pipeline(
             f"{source.name} has a UNet with {unet_config.in_channels} input channels; "
             f"text to image takes {vae_config.latent_channels}"
         )
+    painting, decoding = parts.dtype("unet", dtype), parts.dtype("vae", dtype)
 
-    def text() -> tuple[Any, Any]:
+    def text(device: torch.device) -> tuple[Any, Any]:
         return load_tokenizer(source), load_clip_text(source, "text_encoder", dtype, device)
 
     components = {
         "text_encoder": parts.component("text_encoder", dtype, text),
-        "unet": parts.network("unet", dtype, lambda: UNet(unet_config)),
-        "vae": parts.network("vae", dtype, lambda: Autoencoder(vae_config)),
+        "unet": parts.network("unet", painting, lambda: UNet(unet_config)),
+        "vae": parts.network("vae", decoding, lambda: Autoencoder(vae_config)),
     }
     encode_key = (
         components["text_encoder"].identity, request.prompt,
@@ -113,34 +121,33 @@ def pipeline(
         encode_key, components["unet"].identity, seeds, job.steps, job.guidance_scale, job.sampler,
         job.width, job.height, schedule,
     )  # fmt: skip
-    latent_size = (job.height // vae_config.scale, job.width // vae_config.scale)
+    size = (job.height // vae_config.scale, job.width // vae_config.scale)
     rgb = source.extras().get("latent_rgb", LATENT_RGB if vae_config.latent_channels == 4 else None)
-    item = dtype.itemsize
 
-    weights = sum(part.bytes for part in components.values())
-    decoding, decisions = decode_phase(
-        vae_config, (job.height, job.width), dtype=dtype, device=device, room_bytes=budget_bytes - weights
-    )
+    def denoise_work(manner: Manner) -> int:
+        batch = manner.images * (2 if job.guided and not manner.apart else 1)
+        return work.denoise(unet_config, batch, size, painting.itemsize, device=device, rows=manner.rows)
 
     return Pipeline(
         components=components,
         phases=(
             Phase(
                 name="encode", components=("text_encoder",), key=("encode", *encode_key),
-                work_bytes=encode_work(item),
-                run=lambda parts, _: encode(parts["text_encoder"], job),
+                work=lambda _: work.encode(source.config("text_encoder"), 1 + job.guided, dtype.itemsize),
+                run=lambda parts, *_: encode(parts["text_encoder"], job),
             ),
             Phase(
                 name="denoise", components=("unet",), key=("denoise", *denoise_key),
-                work_bytes=denoise_work(unet_config, len(seeds) * (1 + job.guided), latent_size, item),
-                run=lambda parts, results: denoise(
-                    parts["unet"], results["encode"], job, schedule, latent_size, dtype, device, rgb
+                manners=split(len(seeds), guided=job.guided), pictures=len(seeds), work=denoise_work,
+                run=lambda parts, results, manner: denoise(
+                    parts["unet"], results["encode"], job, schedule, size, painting, rgb, manner
                 ),
             ),
-            decoding,
+            decode_phase(
+                vae_config, size, len(seeds), painter="unet", dtypes=(painting, decoding), device=device
+            ),
         ),
         settings=job.settings(),
-        decisions=decisions,
     )  # fmt: skip
 
 
@@ -156,31 +163,37 @@ def encode(parts: Any, job: Job) -> Generator[Progress, None, Tensor]:
     return features
 
 
+@torch.no_grad()
 def denoise(
     unet: UNet,
     features: Tensor,
     job: Job,
     schedule: ScheduleConfig,
-    latent_size: tuple[int, int],
+    size: tuple[int, int],
     dtype: torch.dtype,
-    device: torch.device,
     rgb: Mapping[str, Any] | None,
+    manner: Manner,
 ) -> Generator[Progress, None, Tensor]:
     """→ latents (B, 4, h, w), float32, in model space."""
-    batch = len(job.seeds)
-    context = features.to(device, dtype).repeat_interleave(batch, dim=0)  # (2, L, D) → (2·B, L, D)
-
-    guidance = torch.full((len(context),), job.guidance_scale, device=device)
+    device = device_of(unet)
+    context = features.to(device, dtype)  # (P, L, D)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        x = latents.to(dtype).repeat(len(features), 1, 1, 1).to(memory_format=layout_of(dtype))
-        out = unet(x, timestep.expand(len(x)), context, guidance).float()
-        if not job.guided:
-            return out
-        without, with_prompt = out.chunk(2)
-        return without + job.guidance_scale * (with_prompt - without)
+        def forward(prompts: slice, some: slice) -> Tensor:
+            x, words = latents[some].to(dtype), context[prompts]
+            batch = len(words) * len(x)
+            guidance = torch.full((batch,), job.guidance_scale, device=device)
+            return unet(
+                x.repeat(len(words), 1, 1, 1).to(memory_format=layout_of(dtype)),
+                timestep.expand(batch),
+                words.repeat_interleave(len(x), dim=0),  # (P, L, D) → (P · B, L, D)
+                guidance,
+            ).float()
 
-    noise = Noise(job.seeds, (unet.config.in_channels, *latent_size))
+        out = predictions(forward, len(latents), len(context), manner)
+        return torch.lerp(out[0], out[1], job.guidance_scale) if job.guided else out[0]
+
+    noise = Noise(job.seeds, (unet.config.in_channels, *size))
     latents: Tensor | None = None
     for state in sample(job.sampler, predict, noise, schedule, job.steps, device):
         latents = state.latents
@@ -192,14 +205,3 @@ def denoise(
         )
     assert latents is not None
     return latents
-
-
-def encode_work(item: int) -> int:
-    """Bytes of activations of CLIP-L over two prompts: small beside every other phase."""
-    return 2 * 77 * 768 * 24 * item
-
-
-def denoise_work(config: UNetConfig, batch: int, latent_size: tuple[int, int], item: int) -> int:
-    """Bytes of activations of one forward: the outermost level's feed-forward beside the skip connections."""
-    width, (height, breadth) = config.block_out_channels[0], latent_size
-    return 26 * width * height * breadth * batch * item

@@ -17,12 +17,15 @@ from torch.nn import functional as F
 from backend.decoding import decode_phase
 from backend.errors import CheckpointError, InvalidRequest
 from backend.events import Notice
+from backend.memory.blocks import blocks_of
 from backend.nn.autoencoder import Autoencoder, AutoencoderConfig
 from backend.nn.pictures import linear_previews
-from backend.phases import Component, Phase, Pipeline, Progress
+from backend.phases import Component, Manner, Phase, Pipeline, Progress, Way, split
 from backend.requests import SD3Request
 from backend.sampling.flow import FlowConfig, sample_flow
+from backend.sampling.forwards import predictions
 from backend.sampling.noise import Noise
+from backend.sd3 import work
 from backend.sd3.defaults import defaults
 from backend.sd3.mmdit import MMDiT, MMDiTConfig
 from backend.text.encoders import load_projected_clip_text, load_tokenizer
@@ -33,13 +36,14 @@ from backend.text.t5 import (
     load_t5,
     load_t5_tokenizer,
     t5_available,
-    t5_bytes,
     t5_is_float8,
     t5_length,
+    t5_mapped,
     t5_shapes,
+    t5_sizes,
     t5_work,
 )
-from backend.weights.parts import Parts, completed
+from backend.weights.parts import Parts, completed, device_of
 from backend.weights.source import Source
 
 # What "auto" means off the CPU, the first that the device computes in. In float16 a fifth of T5 stays in
@@ -49,7 +53,12 @@ AUTO_DTYPES = ("bfloat16", "float16")
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 T5 = "text_encoder_3"
 EARLY = 1  # of the CLIPs' last layers that are always left out
-PRICES = ("full", "int8", "nf4", "off")  # of T5, the best first
+RUNS = {  # T5 at its prices, the best first
+    "full": "T5 runs whole",
+    "int8": "T5 runs with 8 bits a weight",
+    "nf4": "T5 runs with 4 bits a weight",
+    "off": "T5 does not run",
+}
 SKIPPED = (7 / 24, 8 / 24, 9 / 24)  # the blocks that 3.5-medium's skip-layer guidance leaves out
 
 # Published linear approximation of the decoder: model-space latents → RGB in [-1, 1]. For previews only.
@@ -141,15 +150,32 @@ def complete(request: SD3Request, source: Source, seeds: tuple[int, ...], layers
     return Job(request=request, seeds=seeds, tokens=tokens, skipped=skipped, **values)
 
 
+def ways(request: SD3Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype) -> tuple[Way, ...]:
+    """The ways to make the pictures of a request: T5 at each price that it may have, the best first.
+
+    Raises CheckpointError or InvalidRequest for a T5 that cannot be had.
+    """
+    prices, reason = choices(request, parts.source, parts.device)
+
+    def way(price: str) -> Way:
+        return Way(
+            make=lambda: pipeline(request, parts, seeds=seeds, dtype=dtype, t5=price),
+            label=f"{RUNS[price]}: {reason}" if reason else RUNS[price],
+            lacking=price == "off" and len(prices) > 1,
+        )
+
+    return tuple(map(way, prices))
+
+
 def pipeline(
-    request: SD3Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype, budget_bytes: int
+    request: SD3Request, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype, t5: str
 ) -> Pipeline:
-    """The phases of a request, ready to plan and to run; reads configs, loads nothing.
+    """The phases of a request with T5 at a price, ready to plan and to run; reads configs, loads nothing.
 
     Raises CheckpointError for a checkpoint that lacks a part, or whose parts do not belong together, and
-    InvalidRequest for a size or a T5 that it cannot serve.
+    InvalidRequest for a size that it cannot serve.
     """
-    source, device = parts.source, parts.device
+    source = parts.source
     config = MMDiTConfig.from_dict(source.config("transformer"))
     vae_config = AutoencoderConfig.from_dict(source.config("vae"))
     job = complete(request, source, seeds, config.num_layers)
@@ -159,37 +185,28 @@ def pipeline(
         check_clip_skip(source.config(name).get("num_hidden_layers", 12), request.clip_skip, EARLY)
 
     def clip(name: str) -> Component:
-        def load() -> tuple[Any, Any]:
+        def load(device: torch.device) -> tuple[Any, Any]:
             return load_tokenizer(source, CLIPS[name]), load_projected_clip_text(source, name, dtype, device)
 
         return parts.component(name, dtype, load)
 
-    shared = {
+    painting, decoding = parts.dtype("transformer", dtype), parts.dtype("vae", dtype)
+    components = {
         **{name: clip(name) for name in CLIPS},
-        "transformer": parts.network("transformer", dtype, lambda: MMDiT(config)),
-        "vae": parts.network("vae", dtype, lambda: Autoencoder(vae_config)),
+        **({} if t5 == "off" else {T5: t5_component(parts, t5, dtype)}),
+        "transformer": parts.network("transformer", painting, lambda: MMDiT(config)),
+        "vae": parts.network("vae", decoding, lambda: Autoencoder(vae_config)),
     }
-    prices, reason = choices(request, source, device)
     size = (job.height // vae_config.scale, job.width // vae_config.scale)
-    components: dict[str, Component] = {}
-    phases: tuple[Phase, ...] = ()
-    decisions: tuple[str, ...] = ()
-    price = prices[0]
-    for price in prices:
-        components = shared if price == "off" else {**shared, T5: t5_component(parts, price, dtype)}
-        lasting = sum(part.bytes for part in components.values() if not part.passing)
-        decoding, decisions = decode_phase(
-            vae_config, (job.height, job.width), dtype=dtype, device=device, room_bytes=budget_bytes - lasting
-        )
-        phases = (*_phases(job, source, config, size, components, dtype, device), decoding)
-        passing = components[T5].bytes if T5 in components else 0
-        if lasting + max(p.work_bytes + passing * (T5 in p.components) for p in phases) <= budget_bytes:
-            break
+    device = parts.device.type
+    decode = decode_phase(
+        vae_config, size, len(seeds), painter="transformer", dtypes=(painting, decoding), device=device
+    )
     return Pipeline(
         components=components,
-        phases=phases,
-        settings=job.settings(price),
-        decisions=(told(price, price != prices[0], reason), *shortened(job, price), *idle(job), *decisions),
+        phases=(*_phases(job, source, config, size, components, painting, device), decode),
+        settings=job.settings(t5),
+        decisions=(*shortened(job, t5), *idle(job)),
     )
 
 
@@ -204,7 +221,7 @@ def choices(request: SD3Request, source: Source, device: torch.device) -> tuple[
     if request.t5 == "auto":
         if lacking:
             return ["off"], lacking
-        can_run = [price for price in PRICES if price == "off" or not t5_available(price, device.type)]
+        can_run = [price for price in RUNS if price == "off" or not t5_available(price, device.type)]
         return can_run, ""
     if lacking:
         raise CheckpointError(
@@ -214,18 +231,6 @@ def choices(request: SD3Request, source: Source, device: torch.device) -> tuple[
     if refused := t5_available(request.t5, device.type):
         raise InvalidRequest(f"t5 is {request.t5!r}, which cannot run here: {refused}")
     return [request.t5], ""
-
-
-def told(price: str, shrunk: bool, reason: str) -> str:
-    """In words, how T5 runs and why."""
-    how = {
-        "full": "T5 runs whole",
-        "int8": "T5 runs with 8 bits a weight",
-        "nf4": "T5 runs with 4 bits a weight",
-        "off": "T5 does not run",
-    }[price]
-    why = reason or ("more would not fit the memory at hand" if shrunk else "")
-    return f"{how}: {why}." if why else f"{how}."
 
 
 def shortened(job: Job, price: str) -> tuple[str, ...]:
@@ -245,17 +250,24 @@ def idle(job: Job) -> tuple[str, ...]:
 def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
     source, device = parts.source, parts.device
 
-    def load() -> tuple[Any, Any]:
+    def load(device: torch.device) -> tuple[Any, Any]:
         return load_t5_tokenizer(source), load_t5(source, T5, price, dtype, device)
 
     whole = parts.component(T5, dtype, load)
     narrow = device.type in ("cpu", "cuda") and t5_is_float8(source, T5, dtype)
+    sizes = t5_sizes(t5_shapes(source.config(T5)), price, dtype, float8=narrow)
+    here = source.present([T5], whole.dtype)
+    mapped = t5_mapped(sizes, price, dtype, source.precision(T5, whole.dtype)) if here else 0
     return replace(
         whole,
         identity=(whole.identity, price),
         precision=whole.precision if price == "full" else price,
-        bytes=t5_bytes(t5_shapes(source.config(T5)), price, dtype, float8=narrow),
+        bytes=sum(sizes.values()),
+        copied=sum(sizes.values()) - mapped,
         passing=True,
+        stands_aside=True,
+        blocks=lambda: blocks_of(sizes),
+        open=None,  # its files hold it in another form than it runs in, or else it is mapped as it is
     )
 
 
@@ -316,7 +328,7 @@ def _phases(
     size: tuple[int, int],
     components: Mapping[str, Component],
     dtype: torch.dtype,
-    device: torch.device,
+    device: str,
 ) -> list[Phase]:
     """All but the last; `size` is height and width of the latents."""
     request, schedule = job.request, FlowConfig.from_dict(source.config("scheduler"))
@@ -333,25 +345,30 @@ def _phases(
         job.guidance_scale, job.sampler, job.shift, job.width, job.height, schedule, guidance,
     )  # fmt: skip
     prompts, item = len(job.prompts), dtype.itemsize
+
+    def denoise_work(manner: Manner) -> int:
+        batch = manner.images * (1 if manner.apart else prompts)
+        return work.denoise(config, batch, size, job.tokens, item, device=device, rows=manner.rows)
+
     clip = Phase(
         name="encode_clip", components=tuple(CLIPS), key=clip_key,
-        work_bytes=sum(clip_work(source.config(name), prompts, item) for name in CLIPS),
-        run=lambda parts, _: encode_clip(parts, job),
+        work=lambda _: max(work.encode_clip(source.config(name), prompts, item) for name in CLIPS),
+        run=lambda parts, *_: encode_clip(parts, job),
     )  # fmt: skip
     painting = Phase(
         name="denoise", components=("transformer",), key=denoise_key,
-        work_bytes=denoise_work(config, prompts * len(job.seeds), size, job.tokens, item),
-        run=lambda parts, results: denoise(
+        manners=split(len(job.seeds), guided=prompts > 1), pictures=len(job.seeds), work=denoise_work,
+        run=lambda parts, results, manner: denoise(
             parts["transformer"], results["encode_clip"], results.get("encode_t5"), job, schedule, size,
-            dtype, device, rgb,
+            dtype, rgb, manner,
         ),
     )  # fmt: skip
     if T5 not in components:
         return [clip, painting]
     t5 = Phase(
         name="encode_t5", components=(T5,), key=t5_key,
-        work_bytes=t5_work(source.config(T5), prompts, job.tokens, dtype),
-        run=lambda parts, _: read_t5(parts[T5], job),
+        work=lambda _: t5_work(source.config(T5), prompts, job.tokens, dtype),
+        run=lambda parts, *_: read_t5(parts[T5], job),
     )  # fmt: skip
     return [clip, t5, painting]
 
@@ -397,27 +414,35 @@ def denoise(
     schedule: FlowConfig,
     size: tuple[int, int],
     dtype: torch.dtype,
-    device: torch.device,
     rgb: Mapping[str, Any] | None,
+    manner: Manner,
 ) -> Generator[Progress, None, Tensor]:
     """→ latents (B, C, h, w), float32, in model space."""
-    batch, config = len(job.seeds), network.config
+    config, device = network.config, device_of(network)
     context, pooled = (
-        each.to(device, dtype).repeat_interleave(batch, dim=0)  # (P, …) → (P · B, …)
+        each.to(device, dtype)  # (P, …)
         for each in (joined(clip.features, t5, config.joint_attention_dim, job.tokens), clip.pooled)
     )
 
     def predict(latents: Tensor, timestep: Tensor, step: int) -> Tensor:
-        x = latents.to(dtype).repeat(len(job.prompts), 1, 1, 1)
-        out = network(x, timestep.expand(len(x)), context, pooled).float()
+        def forward(prompts: slice, some: slice, skipped: tuple[int, ...] = ()) -> Tensor:
+            x, words, summary = latents[some].to(dtype), context[prompts], pooled[prompts]
+            return network(
+                x.repeat(len(words), 1, 1, 1),
+                timestep.expand(len(words) * len(x)),
+                *(each.repeat_interleave(len(x), dim=0) for each in (words, summary)),
+                skipped,
+            ).float()
+
+        out = predictions(forward, len(latents), len(context), manner)
         if not job.guided:
-            return out
-        without, with_prompt = out.chunk(2)
+            return out[0]
+        without, with_prompt = out
         guided = torch.lerp(without, with_prompt, job.guidance_scale)
         if job.skips(step):
-            weaker = network(
-                x[batch:], timestep.expand(batch), context[batch:], pooled[batch:], job.skipped
-            ).float()
+            (weaker,) = predictions(
+                lambda _, some: forward(slice(1, 2), some, job.skipped), len(latents), 1, manner
+            )
             guided = guided + job.request.skip_layer_guidance_scale * (with_prompt - weaker)
         return guided
 
@@ -441,17 +466,7 @@ def joined(clip: Tensor, t5: Tensor | None, width: int, tokens: int) -> Tensor:
     """Both CLIPs' features, padded to the transformer's width, then T5's: (P, L, width). Without T5 as many
     zeros stand in its place, as the network was trained."""
     clip = F.pad(clip, (0, width - clip.shape[-1]))
-    rest = clip.new_zeros(len(clip), tokens, width) if t5 is None else t5.to(clip)
+    rest = (
+        clip.new_zeros(len(clip), tokens, width) if t5 is None else t5.to(clip)
+    )  # perhaps from another card
     return torch.cat([clip, rest], dim=1)
-
-
-def clip_work(config: Mapping[str, Any], prompts: int, item: int) -> int:
-    """Bytes of activations, the result of every layer kept: small beside every other phase."""
-    width, layers = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    return prompts * 77 * width * (layers + 16) * item
-
-
-def denoise_work(config: MMDiTConfig, batch: int, size: tuple[int, int], tokens: int, item: int) -> int:
-    """Bytes of activations of one forward: what a block holds of all tokens at its widest."""
-    picture = size[0] * size[1] // config.patch_size**2
-    return 12 * batch * (picture + 77 + tokens) * config.width * item

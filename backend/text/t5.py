@@ -119,20 +119,37 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def t5_bytes(shapes: Shapes, precision: str, dtype: torch.dtype, *, float8: bool = False) -> int:
-    """The size of the encoder's weights as they run, from the shapes of its tensors; nothing is loaded.
+    """The size of the encoder's weights as they run; see `t5_sizes`."""
+    return sum(t5_sizes(shapes, precision, dtype, float8=float8).values())
+
+
+def t5_sizes(shapes: Shapes, precision: str, dtype: torch.dtype, *, float8: bool = False) -> dict[str, int]:
+    """The bytes of the encoder's weights as they run, by tensor, from their shapes; nothing is loaded.
 
     `float8` says that the file has them so, as `t5_is_float8` tells, and the device is none that widens them.
     """
-    total = 0
+    sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         if name == TABLE_AGAIN and TABLE in shapes:
             continue
         if _is_quantised(name, shape, precision):
-            total += quantised_bytes(precision, shape)
+            sizes[name] = quantised_bytes(precision, shape)
         else:
             item = 1 if float8 and _layer(name) in LAYERS else _dtype(name, dtype).itemsize
-            total += math.prod(shape) * item
-    return total
+            sizes[name] = math.prod(shape) * item
+    return sizes
+
+
+def t5_mapped(sizes: Mapping[str, int], precision: str, dtype: torch.dtype, stored: str) -> int:
+    """How much of the encoder in RAM is a view of its file, which has it as `stored`."""
+    kept = {
+        name: size for name, size in sizes.items() if _layer(name) not in QUANTISED or precision == "full"
+    }
+    if stored.startswith("float8"):
+        return sum(size for name, size in kept.items() if _layer(name) in LAYERS)
+    return sum(
+        size for name, size in kept.items() if str(_dtype(name, dtype)).removeprefix("torch.") == stored
+    )
 
 
 def t5_is_float8(source: Source, component: str, dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from backend.errors import CheckpointError
 M = TypeVar("M", bound=nn.Module)
 
 LISTED = 4  # keys that an error names before it only counts
+
+_UNREAD: WeakKeyDictionary[nn.Module, Mapping[str, Tensor]] = WeakKeyDictionary()
 
 
 def load_module(
@@ -30,7 +33,8 @@ def load_module(
     A tensor of the right dtype, layout and device is taken as it is, so a mapped file is read as the module
     runs; the others are converted one at a time, so memory peaks at the weights as run plus one tensor.
     `layout` is that of the convolutions' weights. `buffers` are those that a module computes
-    when it is built, which checkpoints leave out. `what` names the component in errors.
+    when it is built, which checkpoints leave out. `what` names the component in errors. On the device "meta"
+    nothing is read: the module's weights say as what they run, `unread` where they are.
 
     Raises CheckpointError where the tensors are not just those of the module, or the module cannot be built.
     """
@@ -46,9 +50,17 @@ def load_module(
         )
     for name, value in (buffers or {}).items():
         assign(module, name, value.to(device))
+    if device.type == "meta":
+        _UNREAD[module] = {**{name: tensors[name] for name in module.state_dict()}, **(buffers or {})}
+        return module.eval()
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not left, f"{what}: {left} have no values"
     return module.eval()
+
+
+def unread(module: nn.Module) -> Mapping[str, Tensor] | None:
+    """The tensors, mapped as the files have them, of a module that was made on the device "meta"."""
+    return _UNREAD.get(module)
 
 
 def build_on_meta(build: Callable[[], M], what: str) -> M:
@@ -86,6 +98,8 @@ def check_tensors(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(tensor.shape, dtype=dtype, device=device).to(memory_format=layout)
     return tensor.to(device=device, dtype=dtype, memory_format=layout)
 
 

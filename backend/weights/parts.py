@@ -2,58 +2,105 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
+from backend.memory.blocks import blocks_of
 from backend.nn.compiled import compile_parts
-from backend.phases import Component
+from backend.phases import Blocks, Component, NotFinite
 from backend.requests import Request
 from backend.weights.load import load_module
 from backend.weights.source import Source
 
+UNSEEN = 24  # blocks of a network whose files are not here yet: as many as SD3's and T5's have
+
+Load = Callable[[torch.device], Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Makes components of one checkpoint for one device; networks of our own may be `compiled`."""
+    """Makes components of one checkpoint for a type of device; networks of our own may be `compiled`.
+
+    `wider` are the dtypes of components that overflowed in a narrower one.
+    """
 
     source: Source
     device: torch.device
     compiled: bool = False
+    wider: Mapping[str, torch.dtype] = field(default_factory=dict)
 
-    def component(self, name: str, dtype: torch.dtype, load: Callable[[], Any]) -> Component:
-        """`load` makes what is lent, in `dtype`."""
+    def dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """What a component computes in where all others do in `dtype`."""
+        wider = self.wider.get(name, dtype)
+        return wider if wider.itemsize > dtype.itemsize or dtype == torch.float16 else dtype
+
+    def component(
+        self, name: str, dtype: torch.dtype, load: Load, layout: torch.memory_format = torch.contiguous_format
+    ) -> Component:
+        """`load` makes what is lent, in `dtype`, its convolutions in `layout`; on the device "meta", too."""
         precision = dtype_name(dtype)
+
+        def blocks() -> Blocks:
+            return blocks_of(self._sizes(name, dtype))
+
         return Component(
             name=name,
-            identity=(name, self.fingerprint(name, dtype), precision, str(self.device)),
+            identity=(name, self.fingerprint(name, dtype), precision),
             bytes=self.source.parameter_bytes(name, precision),
+            copied=self._copied(name, dtype, layout),
             precision=precision,
             dtype=precision,
-            load=load,
+            checkpoint=self.source.name,
+            load=lambda device: load(torch.device(device)),
+            open=lambda: load(torch.device("meta")),
+            blocks=blocks,
         )
 
     def network(self, name: str, dtype: torch.dtype, build: Callable[[], nn.Module]) -> Component:
         """A network of our own, which `build` makes."""
 
-        def load() -> nn.Module:
+        def load(device: torch.device) -> nn.Module:
             network = load_module(
                 build,
                 self.source.tensors(name, dtype_name(dtype)),
                 dtype=dtype,
-                device=self.device,
+                device=device,
                 layout=layout_of(dtype),
                 what=f"{self.source.name}: {name}",
             )
-            if self.compiled:
+            if self.compiled and device.type != "meta":
                 compile_parts(network)
             return network
 
-        return self.component(name, dtype, load)
+        return self.component(name, dtype, load, layout_of(dtype))
+
+    def _sizes(self, name: str, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes by tensor, as it runs; of a component that is not here yet, of a network of even parts."""
+        precision = dtype_name(dtype)
+        if not self.source.present([name], precision):
+            size = self.source.parameter_bytes(name, precision)
+            return {f"blocks.{index}.weight": size // UNSEEN for index in range(UNSEEN)}
+        shapes = self.source.shapes(name, precision)
+        return {each: math.prod(shape) * dtype.itemsize for each, shape in shapes.items()}
+
+    def _copied(self, name: str, dtype: torch.dtype, layout: torch.memory_format) -> int:
+        """How much of the component in RAM is no view of its mapped file: all, if that has another dtype or
+        is not here yet; else the convolutions that are laid out anew."""
+        precision = dtype_name(dtype)
+        here = self.source.present([name], precision)
+        if not here or self.source.precision(name, precision) != precision:
+            return self.source.parameter_bytes(name, precision)
+        if layout != torch.channels_last:
+            return 0
+        shapes = self.source.shapes(name, precision)
+        kernels = (shape for shape in shapes.values() if len(shape) == 4 and shape[2] * shape[3] > 1)
+        return sum(map(math.prod, kernels)) * dtype.itemsize
 
     def fingerprint(self, name: str, dtype: torch.dtype) -> str:
         """Changes with what the component is made of; before it is downloaded, the plan needs no more."""
@@ -86,13 +133,19 @@ def completed(request: Request, source: Source, defaults: Mapping[str, Any]) -> 
     return {name: getattr(full, name) for name in defaults}
 
 
-def finite(values: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """`values`, which `what` gave, computing in `dtype`.
+def finite(values: Tensor, component: str, what: str, dtype: torch.dtype) -> Tensor:
+    """`values`, which `what` gave, computed by `component` in `dtype`.
 
-    Raises TriptychError where no picture can be made of them.
+    Raises NotFinite where no picture can be made of them and a wider dtype may help, else TriptychError.
     """
     if not values.isfinite().all():
-        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
-        advice = f"{wider} may help" if wider else "the weights may be damaged"
+        if dtype == torch.float16:
+            raise NotFinite(component, what)
+        advice = "float32 may help" if dtype == torch.bfloat16 else "the weights may be damaged"
         raise TriptychError(f"{what} in {dtype_name(dtype)} gave values that are not numbers; {advice}")
     return values
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network computes."""
+    return next(module.parameters()).device

@@ -1,0 +1,208 @@
+"""Carries out where a plan puts a component: whole on the device, in RAM until its phase, or streamed.
+
+A component's weights have a home: tensors in RAM (pinned where there is room, so that they reach a card
+without a detour), or views of the mapped file. Leaving a device copies nothing back: the home is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backend.memory.blocks import aligned, blocks_of, groups, slots, staying
+from backend.weights.load import unread
+
+
+def module_of(value: Any) -> nn.Module | None:
+    """The network in what a component's `load` made; what comes with it (a tokenizer) has no weights."""
+    values = value if isinstance(value, tuple) else (value,)
+    return next((each for each in values if isinstance(each, nn.Module)), None)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make these its parameters and buffers, whatever device, dtype or layout they had before."""
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if last in owner._parameters:
+            owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[last] = tensor
+
+
+def pin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in memory that does not move, which a card reads by itself."""
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+
+
+def move(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Copies of `tensors` on the device, as the weights of the module."""
+    put(module, {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+class Streamer:
+    """A module that runs on a device that holds `held` bytes of it: some blocks stay, the others take turns
+    in slots, the next one copied on a stream of its own while the one before computes.
+
+    `homes` are the weights in RAM or in the file; those that the module has (perhaps on the meta device) say
+    as what they run. Attached by `with`; in between, nothing of the module is on the device.
+    """
+
+    def __init__(
+        self, module: nn.Module, homes: Mapping[str, Tensor], device: torch.device, held: int
+    ) -> None:
+        self.module, self.homes, self.device, self.held = module, homes, device, held
+        self.specs = {name: _spec(tensor) for name, tensor in tensors_of(module).items()}
+        sizes = {name: _bytes(spec) for name, spec in self.specs.items()}
+        self.groups = groups(sizes)
+        self.sizes = [sum(aligned(sizes[name]) for name in names) for names in self.groups]
+        self.stay = staying(blocks_of(sizes), held, device.type)
+        self.coming = [index for index in range(len(self.groups)) if index not in self.stay]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> nn.Module:
+        loaded = {name for index in self.coming for name in self.groups[index]}
+        put(
+            self.module,
+            {
+                name: self._empty(name) if name in loaded else self._copied(name, self._room(name))
+                for name in self.specs
+            },
+        )
+        self._compiled(None)
+        self._turns = _Turns(self, slots(self.device.type))
+        block = {name: index for index in self.coming for name in self.groups[index]}
+        for path, module in self.module.named_modules():
+            own = [*module._parameters, *module._buffers]
+            of = {block[full] for name in own if (full := f"{path}.{name}" if path else name) in block}
+            for index in of:
+                hook = module.register_forward_pre_hook(lambda *_, index=index: self._turns.need(index))
+                self._handles.append(hook)
+        return self.module
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        del self._turns
+        put(self.module, {name: _made(spec, torch.device("meta")) for name, spec in self.specs.items()})
+
+    def _compiled(self, call: Any) -> None:
+        """Compiled code would not see weights come and go: blocks that are streamed run as they are."""
+        for module in self.module.modules():
+            module._compiled_call_impl = call
+
+    def _room(self, name: str) -> Tensor:
+        return _made(self.specs[name], self.device)
+
+    def _empty(self, name: str) -> Tensor:
+        """What stands for a weight that is not here: others look at its dtype and device."""
+        return torch.empty(0, dtype=self.specs[name][1], device=self.device)
+
+    def _copied(self, name: str, room: Tensor) -> Tensor:
+        return room.copy_(self.homes[name], non_blocking=True)
+
+    def slot_bytes(self) -> int:
+        return max((self.sizes[index] for index in self.coming), default=0)
+
+
+class _Turns:
+    """The blocks that take turns, and the slots that they take them in."""
+
+    def __init__(self, streamer: Streamer, count: int) -> None:
+        self.streamer = streamer
+        device, size = streamer.device, streamer.slot_bytes()
+        cuda = device.type == "cuda"
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        self.side = torch.cuda.Stream(device) if cuda else None
+        self.ready = [torch.cuda.Event() for _ in self.slots] if cuda else []
+        self.unused = [torch.cuda.Event() for _ in self.slots] if cuda else []
+        self.held: list[int | None] = [None] * count  # the block in each slot
+        self.current: int | None = None
+        coming = streamer.coming
+        self.after = dict(pairwise([*coming, *coming[:1]]))  # until the network shows its own order
+        self.views: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def need(self, block: int) -> None:
+        """Called before a module of the block runs: the block is here when this returns."""
+        if block == self.current:
+            return
+        before = self.current
+        if before is not None:
+            self.after[before] = block
+            if self.side is not None:  # all that reads the block before is on its way
+                self.unused[self.held.index(before)].record(torch.cuda.current_stream(self.streamer.device))
+        if block not in self.held:
+            self._bring(block)
+        slot = self.held.index(block)
+        if self.side is not None:
+            torch.cuda.current_stream(self.streamer.device).wait_event(self.ready[slot])
+        self.current = block
+        following = self.after.get(block)
+        if len(self.slots) > 1 and following is not None and following not in self.held:
+            self._bring(following)
+
+    def _bring(self, block: int) -> None:
+        """Copy a block into the slot of one that is done with."""
+        slot = next(index for index, held in enumerate(self.held) if held is None or held != self.current)
+        if len(self.slots) == 1:
+            slot = 0
+        views = self._views(block, slot)
+        if self.side is None:
+            self._fill(views)
+        else:
+            with torch.cuda.stream(self.side):
+                self.side.wait_event(self.unused[slot])
+                self._fill(views)
+                self.ready[slot].record(self.side)
+        self.held[slot] = block
+        put(self.streamer.module, views)
+
+    def _fill(self, views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            view.copy_(self.streamer.homes[name], non_blocking=True)
+
+    def _views(self, block: int, slot: int) -> dict[str, Tensor]:
+        """The block's weights as they lie in the slot."""
+        if (block, slot) not in self.views:
+            start, views = 0, {}
+            for name in self.streamer.groups[block]:
+                shape, dtype, stride = self.streamer.specs[name]
+                size = _bytes((shape, dtype, stride))
+                flat = self.slots[slot][start : start + size].view(dtype)
+                views[name] = flat.as_strided(shape, stride, flat.storage_offset())
+                start += aligned(size)
+            self.views[block, slot] = views
+        return self.views[block, slot]
+
+
+Spec = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]  # shape, dtype, strides
+
+
+def _spec(tensor: Tensor) -> Spec:
+    return tuple(tensor.shape), tensor.dtype, tensor.stride()
+
+
+def _bytes(spec: Spec) -> int:
+    shape, dtype, _ = spec
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _made(spec: Spec, device: torch.device) -> Tensor:
+    shape, dtype, stride = spec
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def homes_of(module: nn.Module) -> Mapping[str, Tensor]:
+    """Where a module's weights are when they are on no device: its own tensors, or those of the file it was
+    opened from."""
+    return unread(module) or tensors_of(module)
