@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from backend.memory.blocks import slots
 from backend.memory.hardware import anonymous_bytes, ram_bytes
 from backend.memory.plan import RAM_RESERVE_BYTES, PlannedComponent
 from backend.phases import Component
@@ -33,7 +34,7 @@ class LoadedPart:
     checkpoint: str
     precision: str
     placement: str
-    where: str  # "cpu", "cuda", "cuda:1", or "RAM" while it waits beside a card
+    where: str  # "cpu", "cuda", "cuda:1"; what waits beside them in "RAM", or is read from its "file"
     bytes: int
     lent: bool
 
@@ -58,9 +59,14 @@ class _Entry:
 
 
 class Manager:
-    def __init__(self, ram_free: Callable[[], int] = lambda: ram_bytes()[1]) -> None:
+    """`stands_in` is what computes in place of a card that is only described: "cpu", in tests."""
+
+    def __init__(
+        self, ram_free: Callable[[], int] = lambda: ram_bytes()[1], stands_in: str | None = None
+    ) -> None:
         self._loaded: OrderedDict[Hashable, _Entry] = OrderedDict()  # least recently used first
         self._ram_free = ram_free
+        self._stands_in = stands_in
 
     # the plan is asked for from other threads meanwhile, so everything that iterates takes a copy
 
@@ -82,7 +88,8 @@ class Manager:
         return [
             LoadedPart(
                 key=_key(identity), name=entry.component.name, checkpoint=entry.component.checkpoint,
-                precision=entry.component.precision, placement=entry.planned.placement, where=entry.where,
+                precision=entry.component.precision, placement=entry.planned.placement,
+                where="file" if entry.opened and entry.where == RAM else entry.where,
                 bytes=entry.component.bytes, lent=entry.lent > 0,
             )
             for identity, entry in reversed(list(self._loaded.items()))
@@ -129,7 +136,8 @@ class Manager:
             entry = _Entry(component, component.load("cpu"), planned, RAM)
             entry.homes = self._pinned(_homes(entry.value), component.bytes)
         else:
-            entry = _Entry(component, component.load(planned.device), planned, planned.device)
+            device = self._stands_in or planned.device
+            entry = _Entry(component, component.load(device), planned, planned.device)
         entry.anonymous_bytes = max(anonymous_bytes() - before, 0)
         return entry
 
@@ -144,7 +152,7 @@ class Manager:
             return
         import torch
 
-        device = torch.device(planned.device)
+        device = torch.device(self._stands_in or planned.device)
         streamed = planned.placement == "streamed" and planned.home != ""
         if entry.where != RAM and (streamed or entry.where != planned.device):
             self._park(entry)
@@ -152,7 +160,8 @@ class Manager:
             assert entry.homes is not None, "what waits in RAM has its weights there"
         if streamed:
             assert entry.homes is not None, "what is streamed has a home"
-            with placement.Streamer(module, entry.homes, device, planned.held_bytes):
+            count = slots(planned.device)
+            with placement.Streamer(module, entry.homes, device, planned.held_bytes, count):
                 entry.where = planned.device
                 try:
                     yield

@@ -105,7 +105,7 @@ class Studio:
         self.settings = settings or Settings()
         self.gallery = Gallery(self.settings.home)
         self._hardware = hardware
-        self._manager = Manager()
+        self._manager = Manager(stands_in=hardware.stand_in if hardware else None)
         self._cache = PhaseCache()
         self._lessons: dict[Hashable, float] = {}  # phases whose work is larger than its formula says
         self._wider: dict[tuple[str, str], str] = {}  # dtypes of what overflowed, by checkpoint and component
@@ -189,7 +189,7 @@ class Studio:
             compiled, _ = self._compiler(here)
             plan, pipeline = self._planned(request, _seeds(request), here, compiled=compiled)
             if plan.fits:
-                deque(self._run_phases(plan, pipeline, _Run(threading.Event(), here.device)), maxlen=0)
+                deque(self._run_phases(plan, pipeline, _Run(threading.Event(), here.stand_in or here.device)), maxlen=0)
 
     def unload(self) -> None:
         """Free every component and kept result; waits for the request that is running."""
@@ -215,11 +215,11 @@ class Studio:
             plan, pipeline = self._planned(request, seeds, here, compiled=compiled)
             yield from self._announced(plan, request, here)
 
-        run = _Run(stop, here.device)
-        if here.device == "cpu":
+        run = _Run(stop, here.stand_in or here.device)
+        if run.device == "cpu":
             run.baseline = anonymous_bytes() - self._manager.anonymous_bytes
         yield from run.say(*refused, *pipeline.notices)
-        with PeakMeter(here.device) as meter:
+        with PeakMeter(run.device) as meter:
             for _ in range(RETRIES + 1):
                 failed = yield from self._run_phases(plan, pipeline, run)
                 if failed is None:

@@ -57,12 +57,12 @@ def slots(device: str) -> int:
     return 1 if device == "cpu" else 2
 
 
-def staying(blocks: Blocks, held: int, device: str) -> frozenset[int]:
+def staying(blocks: Blocks, held: int, slots: int) -> frozenset[int]:
     """Which blocks of a streamed component stay on the device when it may hold so many bytes of it: as many
     as fit beside the slots of the others, spread over the network, so that there is time between those that
     come."""
     sizes = blocks.blocks
-    room = held - blocks.kept - slots(device) * max(sizes, default=0)
+    room = held - blocks.kept - slots * max(sizes, default=0)
     spread = sorted(range(len(sizes)), key=lambda index: index * 0.6180339887 % 1.0)
     stay = []
     for index in spread:

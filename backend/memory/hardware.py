@@ -44,7 +44,8 @@ class Hardware:
 
     Free is what neither others nor our own living tensors take; what our allocator keeps unused is free.
     `capability` is CUDA's; `fused_attention` says that attention never holds all its scores. `others` are
-    further cards. `read` tells free memory anew; described hardware has none.
+    further cards. `read` tells free memory anew; described hardware has none, and `stand_in` may be what
+    computes in its place ("cpu").
     """
 
     device: str  # "cpu", "cuda" or "mps"
@@ -58,13 +59,15 @@ class Hardware:
     fused_attention: bool = True
     others: tuple[Card, ...] = ()
     read: Callable[[], Free] | None = field(default=None, compare=False, repr=False)
+    stand_in: str | None = None
 
     @classmethod
     def card(
         cls, gib: float, ram_gib: float = 32.0, *, count: int = 1, capability: tuple[int, int] = AMPERE
     ) -> Hardware:
         """`count` equal CUDA cards of `gib` GiB, otherwise free, beside `ram_gib` GiB of free RAM."""
-        name, memory, ram = f"a {gib:g} GiB card", int(gib * GIB), int(ram_gib * GIB)
+        article = "an" if f"{gib:g}".startswith(("8", "11", "18")) else "a"
+        name, memory, ram = f"{article} {gib:g} GiB card", int(gib * GIB), int(ram_gib * GIB)
         bf16 = capability >= AMPERE
         others = tuple(
             Card(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backend.memory.blocks import aligned, blocks_of, groups, slots, staying
+from backend.memory.blocks import aligned, blocks_of, groups, staying
 from backend.weights.load import unread
 
 
@@ -46,26 +46,31 @@ def pin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def move(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Copies of `tensors` on the device, as the weights of the module."""
-    put(module, {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    put(module, {name: tensor.to(device, non_blocking=True, copy=True) for name, tensor in tensors.items()})
 
 
 class Streamer:
     """A module that runs on a device that holds `held` bytes of it: some blocks stay, the others take turns
-    in slots, the next one copied on a stream of its own while the one before computes.
+    in `slots`, the next one copied on a stream of its own while the one before computes.
 
     `homes` are the weights in RAM or in the file; those that the module has (perhaps on the meta device) say
     as what they run. Attached by `with`; in between, nothing of the module is on the device.
     """
 
     def __init__(
-        self, module: nn.Module, homes: Mapping[str, Tensor], device: torch.device, held: int
+        self,
+        module: nn.Module,
+        homes: Mapping[str, Tensor],
+        device: torch.device,
+        held: int,
+        slots: int,
     ) -> None:
-        self.module, self.homes, self.device, self.held = module, homes, device, held
+        self.module, self.homes, self.device, self.slots = module, homes, device, slots
         self.specs = {name: _spec(tensor) for name, tensor in tensors_of(module).items()}
         sizes = {name: _bytes(spec) for name, spec in self.specs.items()}
         self.groups = groups(sizes)
         self.sizes = [sum(aligned(sizes[name]) for name in names) for names in self.groups]
-        self.stay = staying(blocks_of(sizes), held, device.type)
+        self.stay = staying(blocks_of(sizes), held, slots)
         self.coming = [index for index in range(len(self.groups)) if index not in self.stay]
         self._handles: list[Any] = []
 
@@ -79,7 +84,7 @@ class Streamer:
             },
         )
         self._compiled(None)
-        self._turns = _Turns(self, slots(self.device.type))
+        self._turns = _Turns(self, self.slots)
         block = {name: index for index in self.coming for name in self.groups[index]}
         for path, module in self.module.named_modules():
             own = [*module._parameters, *module._buffers]
@@ -105,8 +110,9 @@ class Streamer:
         return _made(self.specs[name], self.device)
 
     def _empty(self, name: str) -> Tensor:
-        """What stands for a weight that is not here: others look at its dtype and device."""
-        return torch.empty(0, dtype=self.specs[name][1], device=self.device)
+        """What stands for a weight that is not here: others look at its shape, dtype and device."""
+        shape, dtype, _ = self.specs[name]
+        return torch.empty((), dtype=dtype, device=self.device).expand(shape)
 
     def _copied(self, name: str, room: Tensor) -> Tensor:
         return room.copy_(self.homes[name], non_blocking=True)
@@ -153,9 +159,8 @@ class _Turns:
 
     def _bring(self, block: int) -> None:
         """Copy a block into the slot of one that is done with."""
-        slot = next(index for index, held in enumerate(self.held) if held is None or held != self.current)
-        if len(self.slots) == 1:
-            slot = 0
+        done = [index for index, held in enumerate(self.held) if held is None or held != self.current]
+        slot = done[0] if done else 0  # of a single slot the block before is done, too
         views = self._views(block, slot)
         if self.side is None:
             self._fill(views)

@@ -44,11 +44,11 @@ TITLES = {
     "previewer": "the previewer",
 }
 PHASES = {
-    "encode": "Reading the prompt",
-    "encode_clip": "Reading the prompt",
-    "encode_t5": "Reading the prompt with T5",
-    "denoise": "Painting",
-    "decode": "Decoding",
+    "encode": "reading the prompt",
+    "encode_clip": "reading the prompt",
+    "encode_t5": "reading the prompt with T5",
+    "denoise": "painting",
+    "decode": "decoding",
     "stage_c": "Stage C",
     "stage_b": "Stage B",
     "stage_a": "Stage A",
@@ -194,7 +194,7 @@ def _why(ways: Sequence[Way], number: int, failed: Mapping[int, _Sketch]) -> str
         return f"{label}."
     short = failed[0].worst
     return (
-        f"{label}: otherwise {phase_title(short.name)} would take {gib(short.peak_bytes)} at once, "
+        f"{label}: otherwise {PHASES.get(short.name, short.name)} would take {gib(short.peak_bytes)} at once, "
         f"and {gib(short.budget_bytes)} is at hand."
     )
 
@@ -324,15 +324,15 @@ class _Planner:
             manners = self.manners(phase)
             room = budget - keeps
             need = {name: held[name] for name in used if name in off}
-            chosen: tuple[Manner, Mapping[str, int]] | None = None
+            chosen: tuple[Manner, Mapping[str, int], Collection[str]] | None = None
             if streams != "always":
                 tried = manners if lean else manners[:1]
                 fitting = (m for m in tried if self.work(phase, pipeline, m) + sum(need.values()) <= room)
-                chosen = next(((manner, need) for manner in fitting), None)
+                chosen = next(((manner, need, ()) for manner in fitting), None)
             if chosen is None and streams != "never":
                 chosen = self.streamed(phase, pipeline, need, manners, room, always=streams == "always")
-            manner, taken = chosen or (manners[-1 if lean else 0], need)
-            streamed |= {name for name in taken if taken[name] < need[name] or streams == "always"}
+            manner, taken, coming = chosen or (manners[-1 if lean else 0], need, ())
+            streamed |= set(coming)
             held |= taken
             work = self.work(phase, pipeline, manner) if used else 0
             phases.append(
@@ -374,31 +374,34 @@ class _Planner:
         room: int,
         *,
         always: bool,
-    ) -> tuple[Manner, Mapping[str, int]]:
+    ) -> tuple[Manner, Mapping[str, int], Sequence[str]]:
         """The first manner with which the phase fits if its largest components are streamed, as few as need
-        be, and what they take then: all the room that is left. The leanest, where none fits."""
+        be; what all take then, those using the room that is left; and which they are. The leanest, where none
+        fits."""
         parts = pipeline.components
-        blocks = {name: of() for name in need if (of := parts[name].blocks) is not None}
-        candidates = sorted((name for name in need if name in blocks), key=lambda name: -need[name])
+        blocks = {
+            name: of()
+            for name in need
+            if (of := parts[name].blocks) is not None and (parts[name].open is not None or not self.on_cpu)
+        }
+        candidates = sorted(blocks, key=lambda name: -need[name])
         count = slots(self.hardware.device)
         least = {
             name: min(blocks[name].kept + count * max(blocks[name].blocks, default=0), need[name])
             for name in candidates
         }
-        taken: dict[str, int] = dict(need)
+        taken, coming = dict(need), candidates
         for manner in manners:
             work = self.work(phase, pipeline, manner)
             for several in range(len(candidates) if always else 1, len(candidates) + 1):
-                taken = {**need, **{name: least[name] for name in candidates[:several]}}
+                coming = candidates[:several]
+                taken = {**need, **{name: least[name] for name in coming}}
                 spare = room - work - sum(taken.values())
-                if spare < 0:
-                    continue
-                if always:
-                    return manner, taken
-                largest = candidates[0]
-                taken[largest] = min(taken[largest] + spare, need[largest] - 1)
-                return manner, taken
-        return manners[-1], taken
+                if spare >= 0:
+                    if coming and not always:
+                        taken[coming[0]] = min(taken[coming[0]] + spare, need[coming[0]] - 1)
+                    return manner, taken, coming
+        return manners[-1], taken, coming
 
     def homes(
         self,
@@ -496,7 +499,7 @@ class _Planner:
         if not sketch.fits:
             weights = worst.peak_bytes - worst.work_bytes
             return (
-                f"Does not fit {where}: {phase_title(worst.name)} needs {gib(worst.peak_bytes)}, "
+                f"Does not fit {where}: {PHASES.get(worst.name, worst.name)} needs {gib(worst.peak_bytes)}, "
                 f"{gib(weights)} of it weights, and {gib(worst.budget_bytes)} is at hand."
             )
         at_most = f"{gib(worst.peak_bytes)} of the {gib(worst.budget_bytes)} at hand"
@@ -549,19 +552,22 @@ class _Planner:
 
 def title(name: str) -> str:
     """A component in words, as at the start of a sentence."""
-    words = TITLES.get(name, name)
-    return words[0].upper() + words[1:]
+    return _capital(TITLES.get(name, name))
 
 
 def phase_title(name: str) -> str:
-    return PHASES.get(name, name.replace("_", " ").capitalize())
+    return _capital(PHASES.get(name, name.replace("_", " ")))
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def listed(names: Sequence[str]) -> str:
     """ "The transformer and T5 are" """
     words = [TITLES.get(name, name) for name in names]
     text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-    return f"{text[0].upper()}{text[1:]} {'is' if len(words) == 1 else 'are'}"
+    return f"{_capital(text)} {'is' if len(words) == 1 else 'are'}"
 
 
 def works(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ HISTORY = 4  # float32 copies of the latents, for each row: the sampler's, and w
 
 
 def encode(config: Mapping[str, Any], prompts: int, item: int, *, clip_skip: int = 0) -> int:
-    """CLIP over so many prompts (or chunks of them); where layers are skipped, the results of all are kept."""
+    """CLIP over so many prompts (or chunks of them); where layers are skipped, the results of all stay."""
     return clip(config, prompts, item, states=clip_skip > 0)
 
 
