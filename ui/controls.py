@@ -15,7 +15,7 @@ import gradio as gr
 from backend.requests import LEAST_TOKENS, MOST_IMAGES, MOST_TOKENS, SD3Request, SD15Request
 from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
 from ui import prices
-from ui.render import STAGE_TITLES
+from ui.words import STAGE_TITLES
 
 SHAPES = {"1:1": 1.0, "3:2": 3 / 2, "2:3": 2 / 3, "16:9": 16 / 9, "9:16": 9 / 16}
 CUSTOM = "custom"
@@ -26,6 +26,7 @@ SAMPLERS: dict[str, dict[str, SamplerInfo]] = {
 }
 LEAST_SIDE, MOST_SIDE = 64, 2048  # of a picture, as a request takes it
 SIZES = [("automatic", "auto"), ("full", "full"), ("lite", "lite")]
+PREFERENCES = [("balanced", "auto"), ("quality", "quality"), ("speed", "speed")]
 PRECISIONS = [
     ("automatic", "auto"),
     ("32 bit", "float32"),
@@ -301,6 +302,15 @@ def checkpoint(names: Sequence[str]) -> gr.Dropdown:
 def advanced() -> dict[str, gr.components.Component]:
     """The fields of the Advanced fold that every family has."""
     return {
+        "prefer": gr.Radio(
+            PREFERENCES,
+            value="auto",
+            label="Memory",
+            info="Where it is short, balanced takes smaller parts (T5 with fewer bits, lite stages) before"
+            " slow steps; quality takes slow steps, never smaller parts; speed takes what stays in memory.",
+            elem_classes="segmented",
+            interactive=True,
+        ),
         "dtype": gr.Dropdown(
             PRECISIONS,
             value="auto",

@@ -19,8 +19,9 @@ from gradio.utils import get_upload_folder
 from backend import Studio
 from backend.errors import Cancelled, InvalidRequest, StorageError, TriptychError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
+from backend.memory.plan import Plan
 from backend.requests import REQUESTS, Request
-from ui import render
+from ui import memory, render
 from ui.jobs import Jobs
 
 log = logging.getLogger("triptych")
@@ -54,10 +55,12 @@ def painter(jobs: Jobs, easel: Easel, request_of: Callable[[Sequence[Any]], Requ
     async def paint(page: gr.Request, *values: Any) -> AsyncIterator[Update]:
         try:
             yield {easel.status: render.starting("Starting…")}
+            plan: Plan | None = None  # the last: it may be made anew when memory runs out
             request = await asyncio.to_thread(request_of, values)  # it may hold pictures to read
             async with aclosing(jobs.events(request, page.session_hash)) as events:
                 async for event in events:
-                    yield _shown(event, request, easel, outputs)
+                    plan = event.plan if isinstance(event, Planned) else plan
+                    yield _shown(event, request, easel, outputs, plan)
         except Cancelled:
             yield {easel.status: render.stopped()}
         except Exception as error:
@@ -77,18 +80,19 @@ def stopper(jobs: Jobs, family: type[Request]) -> Callable[..., Any]:
     return stop
 
 
-def _shown(event: Event | None, request: Request, easel: Easel, outputs: Path) -> Update:
+def _shown(event: Event | None, request: Request, easel: Easel, outputs: Path, plan: Plan | None) -> Update:
     match event:
         case Waiting():
             return {easel.status: render.starting("Waiting for the device…")}
-        case Planned(plan=plan):
-            return {easel.plan: render.plan(plan.to_dict())}
+        case Planned(plan=new):
+            return {easel.plan: memory.picture(new)}
         case Loading():
             return {easel.status: render.loading(event)}
         case Step(previews=images) if images:
-            return {easel.status: render.step(event), easel.canvas: render.previews(images, _ratio(request))}
+            status = render.step(event, plan)
+            return {easel.status: status, easel.canvas: render.previews(images, _ratio(request))}
         case Step():
-            return {easel.status: render.step(event)}
+            return {easel.status: render.step(event, plan)}
         case Notice(text=text):
             gr.Info(escape(text), title="Note")
             return {easel.status: gr.skip()}
@@ -273,8 +277,8 @@ def plan_in_words(studio: Studio, request_of: Callable[[Sequence[Any]], Request]
 
     def words(*values: Any) -> str:
         try:
-            return render.plan(studio.plan(request_of(values)).to_dict())
+            return memory.picture(studio.plan(request_of(values)))
         except Exception as error:  # noqa: BLE001 (explained on the page, or logged)
-            return render.no_plan(explain(error))
+            return memory.no_plan(explain(error))
 
     return words

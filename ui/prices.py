@@ -11,13 +11,14 @@ import gradio as gr
 
 from backend import Studio
 from backend.errors import TriptychError
-from backend.memory.plan import Plan
+from backend.memory.plan import Plan, PlannedComponent
 from backend.requests import SD3Request
-from ui import render
+from ui import words
 
 T5 = "text_encoder_3"  # its component
 NAMES = {"full": "whole", "int8": "8 bits", "nf4": "4 bits", "off": "off"}
 AUTO = "automatic"
+HOW = {"streamed": " · streamed", "cpu": " · on the CPU"}
 CHOICES = [(AUTO, "auto"), *((name, t5) for t5, name in NAMES.items())]  # before anything is known
 ABOUT = (
     "The largest of the three text encoders: with it long prompts and lettering come out right. It is in"
@@ -33,18 +34,14 @@ class Price:
     refused: str = ""
 
     @property
+    def part(self) -> PlannedComponent | None:
+        return self.plan.components.get(T5) if self.plan else None
+
+    @property
     def ran(self) -> str:
-        precision = next((part.precision for part in self._parts), None)
-        return "off" if precision is None else precision if precision in NAMES else "full"
-
-    @property
-    def bytes(self) -> int:
-        return next((part.bytes for part in self._parts), 0)
-
-    @property
-    def _parts(self) -> list[Any]:
-        phases = self.plan.phases if self.plan else ()
-        return [part for phase in phases for part in phase.components if part.name == T5]
+        if self.part is None:
+            return "off"
+        return self.part.precision if self.part.precision in NAMES else "full"
 
 
 def prices(studio: Studio, request: SD3Request) -> dict[str, Price]:
@@ -74,14 +71,17 @@ def shown(found: dict[str, Price]) -> tuple[list[tuple[str, str]], str]:
 def _cost(price: Price) -> str:
     if price.plan is None:
         return "not here"
-    return (render.size(price.bytes) if price.bytes else "nothing") + _room(price)
+    return (words.size(price.part.bytes) if price.part else "nothing") + _room(price)
 
 
 def _room(price: Price) -> str:
-    plan = price.plan
+    """How it is made to fit, or that it does not."""
+    plan, part = price.plan, price.part
     if plan is None or plan.fits:
-        return ""
-    return f" · does not fit: {render.size(plan.peak_bytes)} in all, {render.size(plan.budget_bytes)} free"
+        return HOW.get(part.placement, "") if part else ""
+    if plan.peak_bytes <= plan.budget_bytes:
+        return " · does not fit: RAM is short"
+    return f" · does not fit: {words.size(plan.peak_bytes)} in all, {words.size(plan.budget_bytes)} free"
 
 
 def _reason(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the page says, as HTML: the canvas, the progress line, the plan, the note about the checkpoint.
+"""What the page says, as HTML: the canvas, the progress line, the note about the checkpoint.
 
 Every value from outside is escaped here. The components that show these strings keep Gradio's plain
 `${value}` template: a template of their own would be evaluated as JavaScript, the values in it too.
@@ -11,32 +11,16 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from PIL.Image import Image
 
 from backend.catalog import CatalogueEntry
 from backend.events import Loading, Result, Step
+from backend.memory.plan import Plan
+from ui import memory, words
+from ui.words import seconds, size
 
-PHASES = {
-    "encode": "Reading the prompt",
-    "encode_clip": "Reading the prompt (CLIP)",
-    "encode_t5": "Reading the prompt (T5)",
-    "denoise": "Painting",
-    "decode": "Developing",
-    "stage_c": "Stage C: composing",
-    "stage_b": "Stage B: adding detail",
-    "stage_a": "Stage A: developing",
-}
-STAGE_TITLES = {
-    "stage_c": "Stage C: composition",
-    "stage_b": "Stage B: detail",
-    "stage_a": "Stage A: pixels",
-}
-# In the plan; components bear the checkpoint's folder names, and nobody knows T5 by its.
-PLAN_TITLES = STAGE_TITLES | {"encode_clip": "encode, CLIP", "encode_t5": "encode, T5"}
-PARTS = {"text_encoder_3": "text_encoder_3 (T5)"}
 COLUMNS = {1: 1, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 BUSY, IDLE = 'data-state="busy"', 'data-state="idle"'  # of the progress line, and of the canvas
 QUALITY = 88  # JPEG: a 64-pixel preview is about 2 kB
@@ -122,19 +106,21 @@ def loading(event: Loading) -> str:
     verb = "Downloading" if event.action == "download" else "Loading"
     share = event.done_bytes / event.total_bytes if event.total_bytes else None
     of = f" of {size(event.total_bytes)}" if event.total_bytes else ""
-    text = f"{verb} {escape(_part(event.component))} <span>{size(event.done_bytes)}{of}</span>"
+    text = f"{verb} {escape(words.the_part(event.component))} <span>{size(event.done_bytes)}{of}</span>"
     return _status("busy", _bar(share) + f"<p>{text}</p>")
 
 
-def step(event: Step) -> str:
-    name = PHASES.get(event.phase, event.phase.replace("_", " ").capitalize())
+def step(event: Step, plan: Plan | None = None) -> str:
+    """How far it is, and beside it what memory it takes of what it may."""
     left = "" if event.eta_s is None or event.eta_s < 0.05 else f" <span>{seconds(event.eta_s)} left</span>"
     count = f" · step {event.step} of {event.steps}" if event.steps > 1 else ""
-    return _status("busy", _bar(event.step / max(event.steps, 1)) + f"<p>{escape(name)}{count}{left}</p>")
+    text = f"<p>{escape(words.phase(event.phase))}{count}{left}</p>"
+    meter = memory.meter(event.memory_bytes, plan) if plan and event.memory_bytes else ""
+    return _status("busy", f'{_bar(event.step / max(event.steps, 1))}<div class="line">{text}{meter}</div>')
 
 
 def done(result: Result) -> str:
-    peak = f" · peak memory {size(result.peak_bytes)}" if result.peak_bytes else ""
+    peak = f" · {memory.peaks(result.peak_bytes, result.plan)}" if result.peak_bytes else ""
     noun = "picture" if len(result.files) == 1 else "pictures"
     text = f"<p>{len(result.files)} {noun} in {seconds(result.timings['total'])}{peak}</p>"
     return _status("done", text + notices(result.notices))
@@ -183,45 +169,6 @@ def _bar(share: float | None) -> str:
     )
 
 
-# ---- the plan
-
-
-def plan(shape: Mapping[str, Any]) -> str:
-    """The plan in words, from `Plan.to_dict()`."""
-    head = (
-        f"<p>Runs on <b>{escape(shape['device'].upper())}</b>: at most <b>{size(shape['peak_bytes'])}</b>"
-        f" of the <b>{size(shape['budget_bytes'])}</b> that it may use.</p>"
-    )
-    rows = "".join(_phase(phase) for phase in shape["phases"])
-    reasons = "".join(f"<li>{escape(text)}</li>" for text in shape["decisions"])
-    table = (
-        '<table><thead><tr><th scope="col">Phase</th><th scope="col">Uses</th>'
-        f'<th scope="col">Peak</th></tr></thead><tbody>{rows}</tbody></table>'
-    )
-    return f'<section class="plan"><h2>Memory plan</h2>{head}{table}<ul>{reasons}</ul></section>'
-
-
-def no_plan(text: str) -> str:
-    return f'<section class="plan"><h2>Memory plan</h2><p class="problem">{escape(text)}</p></section>'
-
-
-def _phase(phase: Mapping[str, Any]) -> str:
-    parts = "<br>".join(_component(part) for part in phase["components"])
-    phase_name: str = phase["name"]
-    name = escape(PLAN_TITLES.get(phase_name, phase_name.replace("_", " ")))
-    peak = size(phase["peak_bytes"])
-    return f'<tr><th scope="row">{name}</th><td>{parts}</td><td>{peak}</td></tr>'
-
-
-def _component(part: Mapping[str, Any]) -> str:
-    how = escape(f"{part['precision']}, {part['placement']}")
-    return f"<b>{escape(_part(part['name']))}</b> {size(part['bytes'])}, {how}"
-
-
-def _part(name: str) -> str:
-    return PARTS.get(name, name)
-
-
 # ---- the checkpoint
 
 
@@ -243,16 +190,16 @@ def vocabulary(words: Mapping[str, Sequence[str]], full: CatalogueEntry) -> str:
         f" and nothing else. For any other picture choose <b>{escape(full.name)}</b>, or a checkpoint of your"
         " own, under <b>Advanced</b>.</p>"
         f"<details><summary>The words it knows</summary><dl>{rows}</dl></details>"
-        f'<p class="terms">Terms of {_linked(full.title, full.url)}: {escape(full.licence)}.</p></div>'
+        f'<p class="terms">Terms of {linked(full.title, full.url)}: {escape(full.licence)}.</p></div>'
     )
 
 
 def licence(title: str, text: str, page: str | None) -> str:
     terms = f"Licence of its weights: {escape(text)}." if text else "Licence unknown: see where it came from."
-    return f'<div class="note"><p><b>{_linked(title, page)}</b>. {terms}</p></div>'
+    return f'<div class="note"><p><b>{linked(title, page)}</b>. {terms}</p></div>'
 
 
-def _linked(title: str, page: str | None) -> str:
+def linked(title: str, page: str | None) -> str:
     """The title as a link to the page where a licence can be read, or accepted."""
     if page is None:
         return escape(title)
@@ -261,20 +208,3 @@ def _linked(title: str, page: str | None) -> str:
 
 def problem(text: str) -> str:
     return f'<div class="note"><p class="problem" role="alert">{escape(text)}</p></div>'
-
-
-# ---- numbers
-
-
-def seconds(value: float) -> str:
-    if value < 9.95:  # above, the rounding would show 10.0
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def size(count: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}" if count < 100 * scale else f"{count / scale:.0f} {unit}"
-    return f"{count / 2**10:.0f} KiB"

@@ -33,7 +33,8 @@ UNHEARD = f"(shown) => shown === {PLACED} ? {REFUSED} : shown"  # a stopped run 
 AT_REST = f"(shown) => shown.replace({json.dumps(render.BUSY)}, {json.dumps(render.IDLE)})"  # preview stays
 PLANNED_BY = frozenset(
     (
-        *("checkpoint", "config_from", "width", "height", "num_images", "dtype"),
+        *("checkpoint", "config_from", "width", "height", "num_images", "dtype", "prefer"),
+        *("guidance_scale", "prior_guidance_scale", "decoder_guidance_scale", "skip_layer_guidance_scale"),
         *("t5", "max_sequence_length"),
         *("stage_c", "stage_b", "images"),
     )

@@ -50,7 +50,7 @@ def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.set_default_timeout(PATIENCE)
     page.goto(server.url)
-    page.locator(".plan table").wait_for()  # the page has loaded, and told the plan
+    page.locator(".plan .bars").wait_for()  # the page has loaded, and told the plan
     yield page
     inside.close()
     assert not complaints
@@ -96,5 +96,5 @@ def open_tab(page: Page, name: str) -> Locator:
     """Open a tab and wait for its plan → what is in it."""
     page.get_by_role("tab", name=name).click()
     panel = page.get_by_role("tabpanel")
-    panel.locator(".plan table").wait_for()
+    panel.locator(".plan .bars").wait_for()
     return panel

@@ -31,7 +31,7 @@ from tests.app.pages import (
 )
 from tests.app.support import Server
 from tests.checkpoints import sd3_folder, sd3_single_file
-from ui import prices, render
+from ui import prices, render, words
 
 QUICK: Any = {"prompt": "a red house on green hills", "steps": 2}
 SD3, T5 = "Stable Diffusion 3", "text_encoder_3"
@@ -270,14 +270,14 @@ def test_a_prompt_becomes_a_picture(page: Page) -> None:
 
 def test_what_t5_costs_here(tab: Locator, client: Client) -> None:
     for name, t5 in (("whole", "full"), ("8 bits", "int8"), ("4 bits", "nf4")):
-        expect(price(tab, name)).to_contain_text(render.size(parts(plan(client, t5=t5))[T5]["bytes"]))
+        expect(price(tab, name)).to_contain_text(words.size(parts(plan(client, t5=t5))[T5]["bytes"]))
     expect(price(tab, "off")).to_contain_text("nothing")
     expect(price(tab, "automatic")).to_contain_text("automatic: whole")
     price(tab, "off").click()
     expect(tab.locator(".plan")).to_contain_text("T5 does not run: as asked for.")
     expect(tab.locator(".plan")).not_to_contain_text(T5)
     choose(tab, "sd3-medium")
-    size = render.size(parts(plan(client, checkpoint="sd3-medium", t5="full"))[T5]["bytes"])
+    size = words.size(parts(plan(client, checkpoint="sd3-medium", t5="full"))[T5]["bytes"])
     expect(price(tab, "whole")).to_contain_text(f"whole · {size}")
     expect(tab.locator(".prices input:checked")).to_have_value("off")  # what is chosen stays
     expect(tab.get_by_label("number input for Shift")).to_have_value("3")

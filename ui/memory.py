@@ -1,0 +1,202 @@
+"""Memory as pictures: the plan's bars and the meter of a run. Everything from outside is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+
+from backend.memory.plan import Plan, PlannedComponent, PlannedPhase
+from ui import words
+
+# One colour a component, in every tab (`.k-…` in style.css): no two that a family's pictures show are alike.
+COLOURS = {
+    "text_encoder": "clip",
+    "text_encoder_2": "clip-2",
+    "text_encoder_3": "t5",
+    "image_encoder": "eye",
+    "unet": "main",
+    "transformer": "main",
+    "prior": "main",
+    "prior_lite": "main",
+    "decoder": "detail",
+    "decoder_lite": "detail",
+    "vae": "pixels",
+    "vqgan": "pixels",
+}
+PLACED = {"resident": "stays", "swapped": "in for its phase", "cpu": "on the CPU, in RAM"}
+FAR = 5  # times the peak: a budget beyond would leave nothing to see of the bars
+NEAR = 75  # percent of the width that the peak then takes
+
+
+# ---- the plan
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Bytes as percent of the width, the same in every bar. Where the budget is far beyond what is taken the
+    axis is `cut`, and the budget stands at its end."""
+
+    end: float
+    budget: int
+    cut: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> Scale:
+        peak = max(plan.peak_bytes, *(phase.peak_bytes for phase in plan.phases), 1)
+        if plan.budget_bytes > FAR * peak:
+            return cls(peak * 100 / NEAR, plan.budget_bytes, cut=True)
+        return cls(max(plan.budget_bytes, peak), plan.budget_bytes, cut=False)
+
+    def percent(self, count: float) -> float:
+        return round(100 * min(count / self.end, 1), 2)
+
+    @property
+    def limit(self) -> float:
+        return 100 if self.cut else self.percent(self.budget)
+
+
+def picture(plan: Plan) -> str:
+    """The plan as a bar a phase, and in words."""
+    scale = Scale.of(plan)
+    verdict, *reasons = plan.decisions or ("",)
+    bars = "".join(_phase(plan, phase, scale) for phase in plan.phases)
+    told = "".join(f"<li>{escape(text)}</li>" for text in reasons)
+    fits, kind = ("yes" if plan.fits else "no"), ("bars cut" if scale.cut else "bars")
+    return (
+        f'<section class="plan" data-fits="{fits}"><h2>Memory plan</h2>'
+        f'<p class="verdict">{escape(verdict)}</p>'
+        f'<div class="{kind}" style="--limit:{scale.limit / 100:.4f}">{_limit(scale)}'
+        f'<ol class="phases">{bars}</ol></div>'
+        f'{_key(plan)}<ul class="reasons">{told}</ul></section>'
+    )
+
+
+def no_plan(text: str) -> str:
+    return f'<section class="plan"><h2>Memory plan</h2><p class="problem">{escape(text)}</p></section>'
+
+
+def _limit(scale: Scale) -> str:
+    """The budget's label, on the side of its line where there is room."""
+    side = "before" if scale.limit > 50 else "after"
+    return f'<p class="limit {side}"><span>{words.size(scale.budget)} may be used</span></p>'
+
+
+def _phase(plan: Plan, phase: PlannedPhase, scale: Scale) -> str:
+    excess = phase.peak_bytes - plan.budget_bytes
+    over = f" <em>{words.size(excess)} too much</em>" if excess > 0 else ""
+    segments = "".join(
+        _segment(_colour(part), part.held_bytes, scale, used) for part, used in _held(plan, phase)
+    )
+    segments += _segment("work", phase.work_bytes, scale)
+    if excess > 0:
+        segments += f'<i class="excess" style="left:{scale.limit}%;width:{scale.percent(excess)}%"></i>'
+    name, spoken = escape(words.phase(phase.name)), escape(_spoken(plan, phase))
+    taken = words.size(phase.peak_bytes) if phase.peak_bytes else "nothing"
+    return (
+        f'<li class="phase{" over" if excess > 0 else ""}">'
+        f"<h3>{name} <span>{taken}{over}</span></h3>"
+        f'<div class="track" role="img" aria-label="{spoken}">{segments}</div>'
+        f'<ul class="parts">{"".join(_parts(plan, phase))}</ul></li>'
+    )
+
+
+def _held(plan: Plan, phase: PlannedPhase) -> Iterator[tuple[PlannedComponent, bool]]:
+    """What takes memory while the phase runs, and whether the phase uses it."""
+    used = {part.name for part in phase.components}
+    return ((part, part.name in used) for part in plan.held(phase) if part.held_bytes > 0)
+
+
+def _segment(kind: str, count: int, scale: Scale, used: bool = True) -> str:
+    idle = "" if used else " idle"
+    return f'<i class="k-{kind}{idle}" style="width:{scale.percent(count)}%"></i>' if count else ""
+
+
+def _parts(plan: Plan, phase: PlannedPhase) -> Iterator[str]:
+    """What the phase uses, what else is there meanwhile, and its work: as in the bar."""
+    for part in phase.components:
+        how = f"{words.size(part.bytes)}, {words.precision(part.precision)}, {_placed(plan, part)}"
+        state = "" if part.held_bytes else "none"  # it has no bar
+        yield f"<li>{_swatch(_colour(part), state)}<b>{escape(words.part(part.name))}</b> {escape(how)}</li>"
+    for part, used in _held(plan, phase):
+        if not used:
+            name, held = escape(words.part(part.name)), words.size(part.held_bytes)
+            yield f"<li>{_swatch(_colour(part), 'idle')}{name} {held}</li>"
+    if phase.work_bytes:
+        yield f"<li>{_swatch('work')}<b>Work</b> {words.size(phase.work_bytes)}</li>"
+
+
+def _placed(plan: Plan, part: PlannedComponent) -> str:
+    """Where a component is, in plain words."""
+    mapped = plan.device == "cpu" and part.held_bytes < part.bytes
+    if part.placement == "streamed" and not mapped:
+        return f"streamed: {words.share(part.held_bytes, part.bytes)} at once"
+    if part.placement == "streamed":
+        return "read from its file, block by block"
+    placed = PLACED.get(part.placement, part.placement)
+    if mapped:
+        return f"{words.size(part.held_bytes)} of it copied" if part.held_bytes else "read from its file"
+    elsewhere = part.device not in (plan.device, f"{plan.device}:0", "cpu")
+    return f"{placed}, on {part.device}" if elsewhere else placed
+
+
+def _spoken(plan: Plan, phase: PlannedPhase) -> str:
+    """A bar for those who do not see it."""
+    excess = phase.peak_bytes - plan.budget_bytes
+    parts = [
+        f"{words.part(part.name)} {words.size(part.held_bytes)}{'' if used else ', not in use'}"
+        for part, used in _held(plan, phase)
+    ]
+    parts += [f"work {words.size(phase.work_bytes)}"] if phase.work_bytes else []
+    over = f", {words.size(excess)} too much" if excess > 0 else ""
+    peak, budget = words.size(phase.peak_bytes), words.size(plan.budget_bytes)
+    return f"{words.phase(phase.name)}: {peak} of the {budget} that may be used{over}. {'; '.join(parts)}."
+
+
+def _key(plan: Plan) -> str:
+    """What the patterns mean, of those that the picture shows."""
+    held = [used for phase in plan.phases for _, used in _held(plan, phase)]
+    said = []
+    if not all(held):
+        said.append(f"{_swatch('work', 'idle')}hatched: stays in memory, not in use.")
+    if plan.device == "cpu" and any(part.held_bytes < part.bytes for part in plan.components.values()):
+        said.append("Weights that are read where they lie in their files take no memory: they have no bar.")
+    return f'<p class="key">{" ".join(said)}</p>' if said else ""
+
+
+def _colour(part: PlannedComponent) -> str:
+    return COLOURS.get(part.name, "other")
+
+
+def swatch(name: str) -> str:
+    """A component's colour, as before its name."""
+    return _swatch(COLOURS.get(name, "other"))
+
+
+def _swatch(kind: str, state: str = "") -> str:
+    return f'<i class="swatch k-{kind}{f" {state}" if state else ""}"></i>'
+
+
+# ---- while it runs
+
+
+def meter(used: int, plan: Plan) -> str:
+    """What the run takes now of what it may use; a tick where the plan expects the peak."""
+    scale, told = Scale.of(plan), words.share(used, plan.budget_bytes)
+    spoken = f"{told}, at most {words.size(plan.peak_bytes)} planned"
+    return (
+        f'<div class="meter" role="meter" aria-label="Memory" aria-valuemin="0" aria-valuenow="{used}" '
+        f'aria-valuemax="{plan.budget_bytes}" aria-valuetext="{spoken}" title="{spoken}">'
+        f"<span>memory</span>{gauge(scale.percent(used), scale.percent(plan.peak_bytes))}"
+        f"<span>{told}</span></div>"
+    )
+
+
+def gauge(percent: float, tick: float | None = None) -> str:
+    mark = "" if tick is None else f'<b style="left:{tick}%"></b>'
+    return f'<i class="gauge"><i style="width:{percent}%"></i>{mark}</i>'
+
+
+def peaks(measured: int, plan: Plan) -> str:
+    """peak memory 5.1 GiB, planned 5.3 GiB"""
+    return f"peak memory {words.size(measured)}, planned {words.size(plan.peak_bytes)}"
