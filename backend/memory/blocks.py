@@ -44,8 +44,9 @@ def groups(sizes: Mapping[str, int]) -> list[list[str]]:
 
 def blocks_of(sizes: Mapping[str, int]) -> Blocks:
     """The same in bytes, for the plan."""
-    blocks = tuple(sum(map(aligned, map(sizes.__getitem__, names))) for names in groups(sizes))
-    return Blocks(kept=max(sum(sizes.values()) - sum(blocks), 0), blocks=blocks)
+    found = groups(sizes)
+    kept = sum(sizes.values()) - sum(sizes[name] for names in found for name in names)
+    return Blocks(kept=kept, blocks=tuple(sum(aligned(sizes[name]) for name in names) for names in found))
 
 
 def aligned(size: int) -> int:

@@ -6,8 +6,8 @@ taken only when no earlier one fits:
     resident → swapped → fewer images per forward, guidance's halves apart, tiles → the next smaller way
     (T5 with 8 bits, with 4; Cascade lite) → streamed → T5 beside the card, on the CPU → without T5
 
-`quality` keeps to the best way and streams it; `speed` looks for a way that stays resident first, the one
-with the least to compute. Peak of a phase = what stays on the device + what it uses that does not + its work.
+`quality` keeps to the best way and streams it; `speed` takes the way with the least to compute, or the first
+that stays resident, and else the one with the least to move. Peak of a phase = what stays on the device + what it uses that does not + its work.
 """
 
 from __future__ import annotations
@@ -212,8 +212,10 @@ def _ladder(ways: Sequence[Way], wishes: Wishes) -> Iterator[tuple[int, str]]:
     if wishes.prefer == "quality":
         whole, lacking = ([*whole, *lacking][:1], [])
     if wishes.prefer == "speed":
-        whole.sort(key=lambda number: ways[number].pace)
-        yield from ((number, rung) for rung in fitting for number in whole)
+        stay = ("resident", "spread")
+        swift = sorted(whole, key=lambda number: ways[number].pace)
+        yield from ((number, rung) for number in swift for rung in fitting if rung in stay)
+        yield from ((number, rung) for number in whole[-1:] for rung in fitting if rung not in stay)
     else:
         yield from ((number, rung) for number in whole for rung in fitting)
     yield from ((number, rung) for rung in last for number in whole[-1:])
