@@ -13,13 +13,14 @@ Not counted: workspaces of convolutions and matrix products, and what the alloca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -55,8 +56,9 @@ class Ledger(TorchDispatchMode):
         self._exits.enter_context(torch.no_grad())
         self._exits.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if self.device == "cuda":
-            fused = {"scaled_dot_product_attention": _fused_attention, "rms_norm": _fused_rms_norm}
-            self._exits.enter_context(mock.patch.multiple(F, **fused))
+            kernels = {"scaled_dot_product_attention": _fused_attention, "rms_norm": _fused_rms_norm}
+            for name, kernel in kernels.items():
+                self._exits.enter_context(mock.patch.object(F, name, kernel))
         self._exits.enter_context(_Methods())
         super().__enter__()
         return self
@@ -89,7 +91,7 @@ class Ledger(TorchDispatchMode):
     def _convolved(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor]:
         """cuDNN's way: one layout for input, weight and output, copies of those that have another."""
         pair = args[:2]
-        last = any(torch._prims_common.suggest_memory_format(x) == torch.channels_last for x in pair)
+        last = any(suggest_memory_format(x) == torch.channels_last for x in pair)
         layout = torch.channels_last if last and pair[0].ndim == 4 else torch.contiguous_format
         pair = tuple(_contiguous(x, layout) for x in pair)
         for tensor in pair:
@@ -149,7 +151,7 @@ def placed(
 
 
 @contextmanager
-def work_of(ledger: Ledger) -> Iterator[list[int]]:
+def work_of(ledger: Ledger) -> Generator[list[int], None, None]:
     """`with work_of(ledger) as work:` afterwards `work[0]` is the peak inside, above what was live before."""
     before, work = ledger.live, [0]
     ledger.reset_peak()
