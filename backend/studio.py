@@ -189,7 +189,10 @@ class Studio:
             compiled, _ = self._compiler(here)
             plan, pipeline = self._planned(request, _seeds(request), here, compiled=compiled)
             if plan.fits:
-                deque(self._run_phases(plan, pipeline, _Run(threading.Event(), here.stand_in or here.device)), maxlen=0)
+                deque(
+                    self._run_phases(plan, pipeline, _Run(threading.Event(), here.stand_in or here.device)),
+                    maxlen=0,
+                )
 
     def unload(self) -> None:
         """Free every component and kept result; waits for the request that is running."""
@@ -335,12 +338,14 @@ class Studio:
             again = self._wider[part.checkpoint, part.name]
             return f"{failed.what} overflowed in {part.dtype}: it is repeated in {again}."
         lesson, title = lesson_of(failed.phase, pipeline), phase_title(failed.phase.name)
-        leaner, seeds = plan, tuple(range(request.num_images))
-        for _ in range(50):  # at once, where the device has less room than it had
+        seeds = tuple(range(request.num_images))
+        leaner, _ = self._planned(request, seeds, here)
+        if leaner.shape == plan.shape:  # the device has no less room than before: the formula was wrong
+            ran = next(phase for phase in plan.phases if phase.name == failed.phase.name)
+            room = leaner.budget_bytes - (ran.peak_bytes - ran.work_bytes)
+            factor = max((room + 1) / max(ran.work_bytes, 1), 1.1)
+            self._lessons[lesson] = self._lessons.get(lesson, 1.0) * factor
             leaner, _ = self._planned(request, seeds, here)
-            if not leaner.fits or leaner.shape != plan.shape:
-                break
-            self._lessons[lesson] = self._lessons.get(lesson, 1.0) * 1.1
         news = [text for text in leaner.decisions[1:] if text not in plan.decisions]
         return f"{title} ran out of memory and is repeated with a leaner plan. {' '.join(news)}".rstrip()
 

@@ -328,7 +328,8 @@ class _Planner:
             need = {name: held[name] for name in used if name in off}
             chosen: tuple[Manner, Mapping[str, int], Collection[str]] | None = None
             if streams != "always":
-                tried = manners if lean else manners[:1]
+                # one that has failed goes about it more leanly before anything has to leave
+                tried = manners if lean or lesson_of(phase, pipeline) in self.lessons else manners[:1]
                 fitting = (m for m in tried if self.work(phase, pipeline, m) + sum(need.values()) <= room)
                 chosen = next(((manner, need, ()) for manner in fitting), None)
             if chosen is None and streams != "never":
