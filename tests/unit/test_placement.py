@@ -392,7 +392,7 @@ def test_memory_taken_by_another_program_makes_a_lower_plan(
 
     def taken(self: UNet, *rest: Any) -> Tensor:
         if next(failures, False):
-            free[0] = free[0]._replace(device=int(0.5 * GIB) + 10 * 2**20)
+            free[0] = free[0]._replace(device=int(0.5 * GIB) - 6 * 2**20)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return forward(self, *rest)
 
