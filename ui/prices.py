@@ -21,8 +21,8 @@ AUTO = "automatic"
 HOW = {"streamed": " · streamed", "cpu": " · on the CPU"}
 CHOICES = [(AUTO, "auto"), *((name, t5) for t5, name in NAMES.items())]  # before anything is known
 ABOUT = (
-    "The largest of the three text encoders: with it long prompts and lettering come out right. It is in"
-    " memory only while the prompt is read."
+    "The largest of the three text encoders: with it long prompts and lettering come out right. It works only"
+    " while a prompt is read for the first time."
 )
 
 
