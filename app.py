@@ -158,7 +158,7 @@ def serve(settings: Settings, *, lent: bool = False) -> None:
     studio = Studio(settings)
     jobs = Jobs(studio)
     if lent:
-        warm(studio, *catalog.FAMILIES)
+        warm(studio, *catalog.FAMILIES, run=False)
     demo = blocks.build(jobs)
     demo.launch(
         server_name=settings.host,
@@ -189,11 +189,11 @@ def serve(settings: Settings, *, lent: bool = False) -> None:
             tunnel.kill()
 
 
-def warm(studio: Studio, *families: str) -> None:
+def warm(studio: Studio, *families: str, run: bool = True) -> None:
     """Import torch and load the demos, of sd15 while the page is already up."""
     for family in families:
         try:
-            studio.warm(family)
+            studio.warm(family, run=run)
         # RuntimeError: what ZeroGPU shows as CUDA holds networks, but does not run all of them
         except (TriptychError, RuntimeError) as error:
             logging.getLogger("triptych").warning("the demo of %s could not be prepared: %s", family, error)

@@ -180,19 +180,28 @@ class Studio:
         """The names of the checkpoints known by name."""
         return catalog.names(family)
 
-    def warm(self, family: str = "sd15") -> None:
-        """Load the built-in checkpoint and run a step, so that the first picture does not wait for it."""
+    def warm(self, family: str = "sd15", *, run: bool = True) -> None:
+        """Load the built-in checkpoint, so that the first picture does not wait for it; and `run` a step."""
         once: dict[str, Any] = dict.fromkeys(WARM[family], 1)
         request = REQUESTS[family](seed=0, **once)
         with self._device_lock:
             here = self._machine()
             compiled, _ = self._compiler(here)
             plan, pipeline = self._planned(request, _seeds(request), here, compiled=compiled)
-            if plan.fits:
-                deque(
-                    self._run_phases(plan, pipeline, _Run(threading.Event(), here.stand_in or here.device)),
-                    maxlen=0,
-                )
+            if not plan.fits:
+                return
+            if run:
+                steps = _Run(threading.Event(), here.stand_in or here.device)
+                deque(self._run_phases(plan, pipeline, steps), maxlen=0)
+                return
+            for name, part in plan.components.items():
+                with self._manager.use(pipeline.components[name], part):
+                    pass
+
+    def fetch(self, request: Request) -> Iterator[Loading]:
+        """Download what the request's checkpoint lacks here, and no more. Raises as `generate` does."""
+        _, pipeline = self._planned(request, _seeds(request), self._machine())
+        yield from self._fetch(request, pipeline)
 
     def unload(self) -> None:
         """Free every component and kept result; waits for the request that is running."""

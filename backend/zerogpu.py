@@ -127,6 +127,7 @@ def painting(studio: Studio, environ: Mapping[str, str]) -> Paint:
 
     def paint(request: Request, stop: threading.Event) -> Iterator[Event]:
         yield Waiting()
+        yield from studio.fetch(request)  # here: a GPU is lent for seconds, and downloads take minutes
         with tempfile.TemporaryDirectory(prefix="triptych-stop-") as folder:
             flag = Path(folder) / "stop"
             try:

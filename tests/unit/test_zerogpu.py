@@ -58,7 +58,7 @@ print(json.dumps({{
     "kinds": list(dict.fromkeys(type(event).__name__ for event in events)),
     "files": [str(file) for file in result.files], "size": result.images[0].size, "seeds": result.seeds,
     "fits": result.plan.fits, "plan": result.plan.to_dict() == events[1].plan.to_dict(),
-    "here": studio._manager.names(), "asked": spaces.asked,
+    "here": [part.name for part in studio.loaded()], "asked": spaces.asked,
 }}))
 """
     said = ran(tmp_path, code)
