@@ -55,6 +55,8 @@ class _Entry:
         """What it takes of the device's memory."""
         if self.where == RAM or self.planned.placement == "cpu":
             return 0
+        if self.planned.shares:
+            return self.planned.held_bytes
         return self.component.copied_bytes if self.where == "cpu" else self.component.bytes
 
 
@@ -135,6 +137,9 @@ class Manager:
             self._make_ram(component.copied_bytes)
             entry = _Entry(component, component.load("cpu"), planned, RAM)
             entry.homes = self._pinned(_homes(entry.value), component.bytes)
+        elif planned.shares:
+            entry = _Entry(component, component.load("cpu"), planned, planned.device)
+            self._divide(entry)
         else:
             device = self._stands_in or planned.device
             entry = _Entry(component, component.load(device), planned, planned.device)
@@ -177,6 +182,17 @@ class Manager:
             if planned.placement == "swapped" and planned.home == "ram":
                 self._park(entry)
 
+    def _divide(self, entry: _Entry) -> None:
+        from backend.memory import placement
+
+        module = placement.module_of(entry.value)
+        if module is not None:
+            shares = {
+                int(card.partition(":")[2] or 0): size  # "cuda" is the first
+                for card, size in entry.planned.shares
+            }
+            placement.divide(module, shares)
+
     def _park(self, entry: _Entry) -> None:
         """Off the device; into RAM where it is not there yet."""
         from backend.memory import placement
@@ -217,7 +233,7 @@ class Manager:
                 continue
             evicted.append(entry.component.name)
             room = entry.homes is not None or self._ram_free() - RAM_RESERVE_BYTES >= entry.component.bytes
-            if entry.where != "cpu" and room:
+            if entry.where != "cpu" and room and not entry.planned.shares:
                 self._park(entry)
             else:
                 del self._loaded[identity]
@@ -249,6 +265,8 @@ class Manager:
 
 def _suits(entry: _Entry, planned: PlannedComponent) -> bool:
     """Whether a component as it is in memory can be placed so without being read again."""
+    if entry.planned.shares or planned.shares:
+        return entry.planned.shares == planned.shares
     from_file = planned.placement == "streamed" and planned.home == "file"
     if entry.opened:
         return from_file

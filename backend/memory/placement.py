@@ -211,3 +211,23 @@ def homes_of(module: nn.Module) -> Mapping[str, Tensor]:
     """Where a module's weights are when they are on no device: its own tensors, or those of the file it was
     opened from."""
     return unread(module) or tensors_of(module)
+
+
+def divided_map(module: nn.Module, shares: Mapping[int, int]) -> dict[str, Any]:
+    """Submodule → number of the card, by accelerate's balanced map: blocks stay whole, each card gets about
+    its share of the bytes, the last one what is left."""
+    from accelerate import infer_auto_device_map
+
+    whole = {each.__name__ for each in getattr(module, "COMPILED", ())}
+    whole |= set(getattr(module, "_no_split_modules", None) or ())
+    limits: dict[int | str, int | str] = {card: int(size * 1.05) for card, size in shares.items()}
+    limits[max(shares)] = 2**62
+    return dict(infer_auto_device_map(module, max_memory=limits, no_split_module_classes=sorted(whole)))
+
+
+def divide(module: nn.Module, shares: Mapping[int, int]) -> None:
+    """Put a module over several CUDA cards; its inputs and results stay on the first."""
+    from accelerate import dispatch_model
+
+    first = torch.device("cuda", min(shares))
+    dispatch_model(module, device_map=divided_map(module, shares), main_device=first)

@@ -7,7 +7,9 @@ taken only when no earlier one fits:
     (T5 with 8 bits, with 4; Cascade lite) → streamed → T5 beside the card, on the CPU → without T5
 
 `quality` keeps to the best way and streams it; `speed` takes the way with the least to compute, or the first
-that stays resident, and else the one with the least to move. Peak of a phase = what stays on the device + what it uses that does not + its work.
+that stays resident, and else the one with the least to move. Several cards share the components before
+anything leaves them; one component is split over them only where no card holds it. Peak of a phase = what
+stays on the device + what it uses that does not + its work.
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ class PlannedComponent:
     held_bytes: int
     device: str
     home: str = ""
+    shares: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +197,8 @@ def _why(ways: Sequence[Way], number: int, failed: Mapping[int, _Sketch]) -> str
         return f"{label}."
     short = failed[0].worst
     return (
-        f"{label}: otherwise {PHASES.get(short.name, short.name)} would take {gib(short.peak_bytes)} at once, "
-        f"and {gib(short.budget_bytes)} is at hand."
+        f"{label}: otherwise {PHASES.get(short.name, short.name)} would take {gib(short.peak_bytes)} at "
+        f"once, and {gib(short.budget_bytes)} is at hand."
     )
 
 
@@ -207,7 +210,7 @@ def _ladder(ways: Sequence[Way], wishes: Wishes) -> Iterator[tuple[int, str]]:
         "none": ("resident", "spread", "packed"),
         "model": ("swapped", "split"),
         "sequential": ("streamed",),
-    }.get(wishes.offload, ("resident", "spread", "swapped", "split"))
+    }.get(wishes.offload, ("resident", "spread", "swapped", "split", "divided"))
     last = {"none": (), "model": ("aside",)}.get(wishes.offload, ("streamed", "aside"))
     if wishes.prefer == "quality":
         whole, lacking = ([*whole, *lacking][:1], [])
@@ -282,6 +285,8 @@ class _Planner:
             yield self.sketch(pipeline, passing, lean=rung == "packed")
         elif rung == "spread" and self.others and self.wishes.device_map != "single":
             yield self.sketch(pipeline, [], devices=self.spread(pipeline))
+        elif rung == "divided" and self.others and self.wishes.device_map != "single":
+            yield self.divided(pipeline, order)
         elif rung == "swapped":
             first = len(rest) if self.wishes.offload == "model" else 1
             for count in range(first, len(rest) + 1):
@@ -309,12 +314,15 @@ class _Planner:
         streams: str = "never",
         aside: Collection[str] = (),
         devices: Mapping[str, str] | None = None,
+        divided: PlannedComponent | None = None,
     ) -> _Sketch:
         """With the components `off` the device but for their phases, those that stand `aside` on the CPU; a
         `lean` one takes for each phase the first manner that fits."""
         parts, here = pipeline.components, self.hardware.device
         where = {name: (devices or {}).get(name, here) for name in parts}
         held = {name: self.takes(part) for name, part in parts.items()}
+        if divided is not None:
+            held[divided.name] = divided.held_bytes
         stays = [name for name in parts if name not in off and name not in aside]
         streamed: set[str] = set()
         phases: list[_SketchedPhase] = []
@@ -366,6 +374,8 @@ class _Planner:
             )  # fmt: skip
 
         components = {name: planned(name) for name in parts}
+        if divided is not None:
+            components[divided.name] = divided
         return _Sketch(pipeline=pipeline, phases=tuple(phases), components=components, ram_excess=excess)
 
     def streamed(
@@ -405,6 +415,25 @@ class _Planner:
                         taken[coming[0]] = min(taken[coming[0]] + spare, need[coming[0]] - 1)
                     return manner, taken, coming
         return manners[-1], taken, coming
+
+    def divided(self, pipeline: Pipeline, order: Sequence[str]) -> _Sketch:
+        """With the largest component over all cards, each taking as much of it as it has room for."""
+        parts = pipeline.components
+        largest = max(order, key=lambda name: parts[name].bytes)
+        rest = [name for name in order if name != largest]
+        work = max(
+            self.work(phase, pipeline, phase.manners[-1])
+            for phase in pipeline.phases
+            if largest in phase.components
+        )
+        room = {self.hardware.device: max(self.budget - work, 0), **self.others}
+        whole, size = max(sum(room.values()), 1), parts[largest].bytes
+        shares = tuple((card, size * free // whole) for card, free in room.items())
+        first = PlannedComponent(
+            name=largest, placement="resident", precision=parts[largest].precision, bytes=size,
+            held_bytes=size if size > whole else shares[0][1], device=self.hardware.device, shares=shares,
+        )  # fmt: skip
+        return self.sketch(pipeline, rest, lean=True, divided=first)
 
     def homes(
         self,
@@ -530,6 +559,9 @@ class _Planner:
                 yield f"{name} is read from its file block by block as it computes: memory does not hold it."
             elif part.home == "file" and not self.on_cpu:
                 yield f"{name} is read again from its file for every use: RAM does not hold it."
+            if part.shares:
+                of = ", ".join(f"{gib(size)} on {card}" for card, size in part.shares)
+                yield f"{name} is split over the cards: {of}."
             if part.device not in (self.hardware.device, "cpu"):
                 yield f"{name} is on {part.device}."
         for phase, sketched in zip(sketch.pipeline.phases, sketch.phases, strict=True):

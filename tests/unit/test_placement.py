@@ -23,7 +23,7 @@ from backend.errors import CheckpointError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result
 from backend.memory.blocks import blocks_of, staying
 from backend.memory.hardware import GIB, Free
-from backend.memory.placement import Streamer, module_of, put, tensors_of
+from backend.memory.placement import Streamer, divided_map, module_of, put, tensors_of
 from backend.nn.autoencoder import Autoencoder
 from backend.requests import Request
 from backend.sd15.unet import UNet
@@ -468,3 +468,17 @@ def test_module_of_finds_the_network_beside_a_tokenizer() -> None:
     assert module_of(("tokenizer", net)) is net
     assert module_of(net) is net
     assert module_of(object()) is None
+
+
+class Divisible(Net):
+    COMPILED = (nn.Linear,)
+
+
+def test_a_network_is_divided_in_whole_blocks_by_shares() -> None:
+    net = Divisible()
+    size = sum(tensor.nbytes for tensor in tensors_of(net).values())
+    cards = divided_map(net, {0: size // 4, 1: size * 3 // 4})
+    assert set(cards.values()) == {0, 1}
+    blocks = [cards[f"blocks.{index}"] for index in range(40)]
+    assert 8 <= blocks.count(0) <= 11
+    assert blocks == sorted(blocks)

@@ -390,6 +390,22 @@ def test_several_cards_share_the_components() -> None:
     assert {part.device for part in single.components.values()} == {"cuda"}
 
 
+def test_one_component_is_split_where_no_card_holds_it() -> None:
+    large = pipeline(unet=4.0)
+    plan = made(Hardware.card(gib=3.5, count=2), large)
+    assert plan.fits
+    unet = plan.components["unet"]
+    assert unet.placement == "resident"
+    assert [card for card, _ in unet.shares] == ["cuda", "cuda:1"]
+    assert sum(size for _, size in unet.shares) == pytest.approx(4 * GIB, rel=1e-6)
+    assert all(size <= 3 * GIB for _, size in unet.shares)
+    assert any(text.startswith("The UNet is split over the cards: ") for text in plan.decisions)
+    single = made(Hardware.card(gib=3.5, count=2), large, wishes=Wishes(device_map="single"))
+    assert single.components["unet"].placement == "streamed"
+    short = made(Hardware.card(gib=3.5, count=2), pipeline(unet=8.0))
+    assert short.components["unet"].placement == "streamed"
+
+
 def test_lessons_make_a_plan_leaner() -> None:
     four = pipeline(images=4)
     card = Hardware.card(gib=6)
