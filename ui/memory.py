@@ -159,7 +159,7 @@ def _key(plan: Plan) -> str:
     said = []
     if not all(held):
         said.append(f"{_swatch('work', 'idle')}hatched: stays in memory, not in use.")
-    if plan.device == "cpu" and any(part.held_bytes < part.bytes for part in plan.components.values()):
+    if plan.device == "cpu" and not all(part.held_bytes for part in plan.components.values()):
         said.append("Weights that are read where they lie in their files take no memory: they have no bar.")
     return f'<p class="key">{" ".join(said)}</p>' if said else ""
 
