@@ -115,22 +115,23 @@ def ours(job: Job) -> Iterator[Stage]:
     dtype, device = getattr(torch, job.dtype), torch.device(job.device)
     made = Parts(source=resolve(job.checkpoint, "stable_cascade", Settings()), device=device)
     request = StableCascadeRequest(checkpoint=job.checkpoint, width=job.size, height=job.size)
-    parts = pipeline(request, made, seeds=(0,), dtype=dtype, budget_bytes=sys.maxsize).components
+    full = {"stage_c": "full", "stage_b": "full"}
+    parts = pipeline(request, made, seeds=(0,), dtype=dtype, stages=full).components
     given = Inputs.make(job, *configs(job))
     ratio, quarter = torch.full((2,), 0.5, device=device), job.size // 4
 
     def load_c() -> Forward:
-        unet = parts["prior"].load()
+        unet = parts["prior"].load(job.device)
         conditioning = unet.condition(given.pooled, given.text, given.images)
         return lambda: unet(given.c, ratio, conditioning)
 
     def load_b() -> Forward:
-        unet = parts["decoder"].load()
+        unet = parts["decoder"].load(job.device)
         conditioning = unet.condition(given.pooled[:1], effnet=given.effnet, size=(quarter, quarter))
         return lambda: unet(given.b, ratio[:1], conditioning)
 
     def load_a() -> Forward:
-        stage_a = parts["vqgan"].load()
+        stage_a = parts["vqgan"].load(job.device)
         return lambda: stage_a.decode(given.b)
 
     yield from (("stage_c", load_c), ("stage_b", load_b), ("stage_a", load_a))

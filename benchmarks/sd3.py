@@ -97,16 +97,16 @@ def ours(job: Job) -> Iterator[Network]:
     source = resolve(job.checkpoint, "sd3", Settings())
     parts = Parts(source=source, device=torch.device(job.device), compiled=job.side == "compiled")
     request = SD3Request(checkpoint=job.checkpoint, width=job.size, height=job.size, t5="off")
-    dtype, room = getattr(torch, job.dtype), sys.maxsize
-    components = pipeline(request, parts, seeds=(0,), dtype=dtype, budget_bytes=room).components
+    dtype = getattr(torch, job.dtype)
+    components = pipeline(request, parts, seeds=(0,), dtype=dtype, t5="off").components
     given = Inputs.make(job)
 
     def transformer() -> Forward:
-        network = components["transformer"].load()
+        network = components["transformer"].load(job.device)
         return lambda: network(given.latents, given.timesteps, given.text, given.pooled)
 
     def vae() -> Forward:
-        network = components["vae"].load()
+        network = components["vae"].load(job.device)
         return lambda: network.decode(given.latent())
 
     yield from zip(NETWORKS, (transformer, vae), strict=True)

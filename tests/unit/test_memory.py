@@ -1,98 +1,30 @@
-"""Hardware as read from files, the plan as a pure function, and who leaves when the budget is short."""
+"""Who leaves when the budget is short, and which results of phases are kept."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from backend.manager import Manager
-from backend.memory.hardware import GIB, Hardware, PeakMeter, cpu_has_bf16, ram_bytes
-from backend.memory.plan import RESERVE_BYTES, budget_bytes, gib, make_plan
+from backend.memory.plan import PlannedComponent
 from backend.phases import Component, PhaseCache
-
-MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
-
-
-def test_ram_is_no_more_than_the_containers(tmp_path: Path) -> None:
-    (tmp_path / "meminfo").write_text(MEMINFO)
-    assert ram_bytes(tmp_path / "meminfo", tmp_path) == (16 * GIB, 8 * GIB)
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\nactive_file {GIB}\ninactive_file 0\n")
-    assert ram_bytes(tmp_path / "meminfo", tmp_path) == (16 * GIB, 8 * GIB)
-    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
-    # of the 3 GiB in use, 1 GiB are pages of files, which leave when memory is asked for
-    assert ram_bytes(tmp_path / "meminfo", tmp_path) == (4 * GIB, 2 * GIB)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [("flags : fpu avx512_bf16 sse", True), ("Features : asimd bf16", True), ("flags : avx512f avx2", False)],
-)
-def test_bf16_instructions(tmp_path: Path, flags: str, expected: bool) -> None:
-    (tmp_path / "cpuinfo").write_text(flags)
-    assert cpu_has_bf16(tmp_path / "cpuinfo") is expected
-    assert cpu_has_bf16(tmp_path / "absent") is False
-
-
-def test_plan_counts_all_components_and_the_largest_work() -> None:
-    plan = make_plan(
-        {"text_encoder": (GIB, "float16"), "unet": (2 * GIB, "float16"), "vae": (GIB // 2, "float32")},
-        [("encode", ["text_encoder"], 0), ("denoise", ["unet"], GIB // 2), ("decode", ["vae"], GIB)],
-        hardware=Hardware.card(gib=8),
-    )
-    assert plan.peak_bytes == int(4.5 * GIB)
-    assert plan.budget_bytes == 8 * GIB - RESERVE_BYTES["cuda"]
-    assert plan.fits
-    assert "4.5 GiB" in plan.decisions[0]
-    plain = plan.to_dict()
-    assert set(plain) == {"device", "budget_bytes", "peak_bytes", "phases", "decisions"}
-    assert plain["phases"][1] == {
-        "name": "denoise",
-        "work_bytes": GIB // 2,
-        "peak_bytes": 4 * GIB,
-        "components": [{"name": "unet", "placement": "resident", "precision": "float16", "bytes": 2 * GIB}],
-    }
-    assert isinstance(plain["decisions"], list)
-    assert "unet float16 resident" in str(plan)
-
-
-def test_plan_says_when_nothing_fits() -> None:
-    plan = make_plan(
-        {"unet": (4 * GIB, "float16")}, [("denoise", ["unet"], GIB)], hardware=Hardware.card(gib=4)
-    )
-    assert not plan.fits
-    assert "denoise needs 5.0 GiB, 4.0 GiB of it weights" in plan.decisions[0]
-    assert "weights alone are too large" in plan.decisions[0]
-
-
-def test_budget_is_capped_and_never_negative() -> None:
-    card = Hardware.card(gib=24)
-    assert budget_bytes(card, 6) == 6 * GIB - RESERVE_BYTES["cuda"]
-    assert budget_bytes(card, 100) == 24 * GIB - RESERVE_BYTES["cuda"]
-    assert budget_bytes(card, 0.1) == 0
-
-
-def test_sizes_are_readable() -> None:
-    assert (gib(GIB * 3 // 2), gib(50 * 1024**2)) == ("1.5 GiB", "50 MiB")
-
-
-def test_peak_meter_keeps_the_highest_reading() -> None:
-    readings = iter([5, 9, 7, *[6] * 1000])
-    with PeakMeter("cpu", read=lambda: next(readings)) as meter:
-        peaks = [meter.peak for _ in range(3)]
-    assert peaks[-1] == 9
-    assert meter.peak == 9
 
 
 def component(name: str, size: int, loads: list[str]) -> Component:
-    def load() -> Any:
+    def load(device: str) -> Any:
         loads.append(name)
         return object()
 
     return Component(name=name, identity=name, bytes=size, precision="float32", dtype="float32", load=load)
+
+
+def planned(part: Component) -> PlannedComponent:
+    return PlannedComponent(
+        name=part.name, placement="resident", precision=part.precision, bytes=part.bytes,
+        held_bytes=part.bytes, device="cpu",
+    )  # fmt: skip
 
 
 def test_manager_loads_once_and_evicts_the_least_recent_never_the_lent() -> None:
@@ -100,29 +32,54 @@ def test_manager_loads_once_and_evicts_the_least_recent_never_the_lent() -> None
     manager = Manager()
     a, b, c = (component(name, 10, loads) for name in "abc")
     for part in (a, b, c, a):
-        with manager.use(part) as first, manager.use(part) as again:
+        with manager.use(part, planned(part)) as first, manager.use(part, planned(part)) as again:
             assert first is again
     assert loads == ["a", "b", "c"]
-    with manager.use(b):
-        assert manager.make_room(30, [a]) == []
-        assert manager.make_room(29, [a, component("d", 9, loads)]) == [
-            "c"
-        ]  # b is lent, a wanted, d on its way
+    assert [part.name for part in manager.parts()] == ["a", "c", "b"]  # the most recent first
+    with manager.use(b, planned(b)):
+        assert manager.make_room(20, [a.identity]) == []
+        assert manager.make_room(19, [a.identity]) == ["c"]  # b is lent, a wanted
         assert manager.make_room(0, []) == ["a"]
-        manager.clear()
+        assert not manager.free()  # the one that is left is lent
         assert manager.holds(b)
-    manager.clear()
+    assert manager.free()
     assert manager.bytes == 0
+
+
+def test_manager_frees_one_by_its_key_but_never_what_is_lent() -> None:
+    manager = Manager()
+    a, b = (component(name, 10, []) for name in "ab")
+    for part in (a, b):
+        with manager.use(part, planned(part)):
+            pass
+    keys = {part.name: part.key for part in manager.parts()}
+    with manager.use(a, planned(a)):
+        assert [part.name for part in manager.parts() if part.lent] == ["a"]
+        assert not manager.free(keys["a"])
+        assert manager.free(keys["b"])
+    assert not manager.free(keys["b"])
+    assert [part.name for part in manager.parts()] == ["a"]
+
+
+def test_manager_keeps_nothing_that_a_cpu_holds_for_its_phase_only() -> None:
+    loads: list[str] = []
+    manager, t5 = Manager(), component("t5", 10, loads)
+    passing = replace(planned(t5), placement="swapped", home="file")
+    for _ in range(2):
+        with manager.use(t5, passing):
+            assert manager.bytes == 10
+        assert not manager.holds(t5)
+    assert loads == ["t5", "t5"]
 
 
 def test_manager_lends_nothing_that_failed_to_load() -> None:
     manager = Manager()
 
-    def fail() -> Any:
+    def fail(device: str) -> Any:
         raise OSError("gone")
 
     broken = Component(name="unet", identity="unet", bytes=1, precision="float32", dtype="float32", load=fail)
-    with pytest.raises(OSError, match="gone"), manager.use(broken):
+    with pytest.raises(OSError, match="gone"), manager.use(broken, planned(broken)):
         pass
     assert not manager.holds(broken)
 
