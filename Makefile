@@ -5,6 +5,7 @@
 #   make test    every test                              ARGS="tests/unit -k prompts"
 #   make check   ruff, ruff format, pyright
 #   make bench   measure against the reference           ARGS="--smoke"
+#   make bench-gpu   every family on a GPU capped at each size of card: what is planned, what is measured
 #
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made with.
 # TORCH_INDEX=URL takes torch from that package index: on a machine without a GPU, torch's own CPU index saves
@@ -14,7 +15,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup run test check format bench
+.PHONY: help setup run test check format bench bench-gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +40,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --device cuda --parts memory $(ARGS)
 
 # The stamps are written last, so an interrupted installation is taken up again by the next `make`.
 $(VENV)/.runtime: requirements.txt

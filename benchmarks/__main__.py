@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import app, cascade, changes, machine, sd3
+from benchmarks import app, cascade, changes, machine, memory, sd3
 from benchmarks.side import FEW_PIXELS, Job, forwards
 
 HERE = Path(__file__).parent
@@ -68,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs += stable_cascade(options, device, half)
     if {"sd3", "t5"} & set(options.parts):
         runs += stable_diffusion_3(options, device, half)
+    if "memory" in options.parts:
+        folders = {
+            "sd15": checkpoint(options),
+            "sd3": checkpoint(options, "sd3", half),
+            "stable_cascade": checkpoint(options, "cascade", half),
+        }
+        for job in memory.jobs(folders, device, smoke=options.smoke):
+            made = run(job)
+            runs.append({**made, "side": f"memory, {job.side} {job.cap:g} GiB {job.offload}"})
     if "demo" in options.parts:
         job = Job(side="demo", checkpoint="demo", device=device, dtype="auto", size=0, steps=0)
         runs += [run(job) for _ in range(options.rounds)]
@@ -136,7 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
     parser.add_argument(
         "--parts",
-        default="picture,load,changes,cascade,redecode,sd3,t5,demo,app",
+        default="picture,load,changes,cascade,redecode,sd3,t5,memory,demo,app",
         help="which of these to measure",
     )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
@@ -162,7 +171,7 @@ def checkpoint(options: argparse.Namespace, family: str = "sd15", weights: str |
     return folder
 
 
-def run(job: Job | cascade.Job | sd3.Job, **facts: str) -> Run:
+def run(job: Job | cascade.Job | sd3.Job | memory.Job, **facts: str) -> Run:
     command = [sys.executable, "-m", type(job).__module__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
     if done.returncode:

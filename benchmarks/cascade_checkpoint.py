@@ -19,7 +19,10 @@ from backend.cascade.unet import UNet, UNetConfig
 from benchmarks.checkpoint import write_json, write_tokenizer
 
 PRIOR, DECODER = "stable-cascade-prior", "stable-cascade"
-NETWORKS = {"prior": PRIOR, "decoder": DECODER, "vqgan": DECODER, "text_encoder": PRIOR}
+NETWORKS = {
+    "prior": PRIOR, "prior_lite": PRIOR, "decoder": DECODER, "decoder_lite": DECODER, "vqgan": DECODER,
+    "text_encoder": PRIOR,
+}  # fmt: skip
 TINY: dict[str, dict[str, Any]] = {
     "prior": {
         "conditioning_dim": 64, "block_out_channels": [64, 64], "num_attention_heads": [2, 2],
@@ -40,20 +43,21 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def build(folder: Path, *, tiny: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the checkpoint (11.7 GB in bfloat16; `tiny` 13 MB) to `folder`, unless it is there already."""
-    done = folder / DECODER / "model_index.json"
-    if done.exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the checkpoint (15.2 GB in bfloat16; `tiny` 17 MB) to `folder`, what is not there already."""
+    if not (folder / DECODER / "model_index.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
     for name, half in NETWORKS.items():
-        config = {**PUBLISHED[name], **(TINY[name] if tiny else {})}
+        if (folder / half / name / "config.json").exists():
+            continue
+        config = {**PUBLISHED[name], **(TINY[name.removesuffix("_lite")] if tiny else {})}
         if levels := config.get("block_out_channels"):  # only the reference reads it, and does not default
             config["dropout"] = [0.1] * len(levels)
-        write_json(folder / half / name / "config.json", config)
         stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
         tensors = random_tensors(network(name, config), dtype)
+        (folder / half / name).mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / half / name / f"{stem}.safetensors", {"format": "pt"})
+        write_json(folder / half / name / "config.json", config)  # last: what has it is complete
     write_tokenizer(folder / PRIOR / "tokenizer")
     for half, pipeline in ((PRIOR, "Prior"), (DECODER, "Decoder")):
         write_json(folder / half / "scheduler" / "scheduler_config.json", PUBLISHED["scheduler"])

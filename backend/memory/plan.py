@@ -25,6 +25,8 @@ from backend.phases import Component, Manner, Phase, Pipeline, Way
 
 # Kept free for the device's own context, its libraries' workspaces and fragmentation.
 RESERVE_BYTES = {"cpu": GIB // 2, "cuda": GIB // 2, "mps": GIB // 2}
+# What libraries take of a CPU's memory when they compute for the first time (30 to 45 MB, measured).
+FIRST_TIME_BYTES = {"cpu": 32 * 1024**2}
 RAM_RESERVE_BYTES = GIB  # beside a card, for the program itself and the rest of the machine
 WHOLE = 2**30  # attention's queries at once: more than there ever are
 ROWS = (1024, 128)  # fewer, where scores are held
@@ -493,7 +495,7 @@ class _Planner:
         asked = manner
         if self.hardware.fused_attention and manner.rows is not None:
             asked = replace(manner, rows=None)
-        return round(phase.work(asked) * factor)
+        return round(phase.work(asked) * factor) + FIRST_TIME_BYTES.get(self.hardware.device, 0)
 
     # ---- words
 
