@@ -102,9 +102,11 @@ def _phase(plan: Plan, phase: PlannedPhase, scale: Scale) -> str:
 
 
 def _held(plan: Plan, phase: PlannedPhase) -> Iterator[tuple[PlannedComponent, bool]]:
-    """What takes memory while the phase runs, and whether the phase uses it."""
+    """What takes memory of the phase's card while it runs, and whether the phase uses it."""
     used = {part.name for part in phase.components}
-    return ((part, part.name in used) for part in plan.held(phase) if part.held_bytes > 0)
+    cards = {part.device for part in phase.components if part.placement != "cpu"} or {plan.device}
+    there = (part for part in plan.held(phase) if part.held_bytes > 0 and part.device in cards)
+    return ((part, part.name in used) for part in there)
 
 
 def _segment(kind: str, count: int, scale: Scale, used: bool = True) -> str:
@@ -120,8 +122,8 @@ def _parts(plan: Plan, phase: PlannedPhase) -> Iterator[str]:
         yield f"<li>{_swatch(_colour(part), state)}<b>{escape(words.part(part.name))}</b> {escape(how)}</li>"
     for part, used in _held(plan, phase):
         if not used:
-            name, held = escape(words.part(part.name)), words.size(part.held_bytes)
-            yield f"<li>{_swatch(_colour(part), 'idle')}{name} {held}</li>"
+            text = f"{words.part(part.name)} {words.size(part.held_bytes)}"
+            yield f'<li class="unused">{_swatch(_colour(part), "idle")}{escape(text)}</li>'
     if phase.work_bytes:
         yield f"<li>{_swatch('work')}<b>Work</b> {words.size(phase.work_bytes)}</li>"
 

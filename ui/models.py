@@ -148,6 +148,8 @@ def _where(part: LoadedPart) -> str:
         return "in RAM, waiting" if part.placement == "swapped" else "in RAM"
     if part.where == "cpu":
         return "in RAM"
+    if part.where == "file":
+        return "in its file"
     card = "on the card" if part.where in ("cuda", "mps", "cuda:0") else f"on {part.where}"
     return f"{card}, streamed" if part.placement == "streamed" else card
 

@@ -211,7 +211,7 @@ def test_settings_are_reused(wide: Page) -> None:
     expect(prompt(wide)).to_have_value(asked)
     expect(wide.get_by_label("Height", exact=True)).to_have_value("160")
     expect(wide.get_by_label("number input for Steps")).to_have_value("2")
-    expect(wide.locator(".segmented .selected")).to_have_text("2:3")
+    expect(wide.locator(".segmented", has_text="Shape").locator(".selected")).to_have_text("2:3")
 
 
 def test_a_checkpoint_brings_its_settings(wide: Page) -> None:
@@ -255,7 +255,7 @@ def test_a_folder_brings_its_settings(wide: Page, tmp_path: Path) -> None:
     expect(steps).to_have_value("2")
     expect(width).to_have_value("96")
     expect(height).to_have_value("64")
-    expect(wide.locator(".segmented .selected")).to_have_text("3:2")
+    expect(wide.locator(".segmented", has_text="Shape").locator(".selected")).to_have_text("3:2")
     expect(choice).to_have_value(folder)
 
 

@@ -66,7 +66,7 @@ def widths(track: str) -> dict[str, float]:
 def listed(html: str) -> list[list[str]]:
     """What is said under each bar."""
     under = re.findall(r'<ul class="parts">(.*?)</ul>', html)
-    return [[text(item) for item in re.findall(r"<li>(.*?)</li>", each)] for each in under]
+    return [[text(item) for item in re.findall(r"<li.*?>(.*?)</li>", each)] for each in under]
 
 
 def text(html: str) -> str:
@@ -144,6 +144,16 @@ def test_mapped_weights_take_nothing_on_a_cpu() -> None:
     assert listed(html)[1][0] == "VAE 154 MiB, 16 bit, 10.0 MiB of it copied"
     assert "Weights that are read where they lie in their files take no memory" in html
     assert "take no memory" not in memory.picture(sd3())
+
+
+def test_a_bar_is_of_the_card_that_its_phase_runs_on() -> None:
+    there: Any = {"device": "cuda:1"}
+    plan = planned(
+        ("encode_t5", 1, [part("text_encoder_3", 5)]), ("denoise", 1, [part("transformer", 4, **there)])
+    )
+    html = memory.picture(plan)
+    assert [set(widths(track)) for track in tracks(html)] == [{"k-t5", "k-work"}, {"k-main", "k-work"}]
+    assert listed(html)[1][0] == "Transformer 4.0 GiB, 16 bit, stays, on cuda:1"
 
 
 def test_a_budget_far_beyond_leaves_something_to_see() -> None:
