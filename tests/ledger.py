@@ -139,14 +139,17 @@ def placed(
     """Under a ledger: the network that `build` makes, its weights (convolutions' in `layout`) on `device`."""
     with torch.device("meta"):
         network = build()
-    for name, meta in [*network.named_parameters(), *network.named_buffers()]:
-        kept = dtype if meta.is_floating_point() else meta.dtype
-        made = layout if meta.ndim == 4 else torch.contiguous_format
-        value: Tensor = torch.empty(meta.shape, dtype=kept, device=device, memory_format=made)
-        if isinstance(meta, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=False)
+    made: dict[int, Tensor] = {}  # weights that go by two names are made once
+    shared = {"remove_duplicate": False}
+    for name, meta in [*network.named_parameters(**shared), *network.named_buffers(**shared)]:
+        if id(meta) not in made:
+            kept = dtype if meta.is_floating_point() else meta.dtype
+            order = layout if meta.ndim == 4 else torch.contiguous_format
+            value: Tensor = torch.empty(meta.shape, dtype=kept, device=device, memory_format=order)
+            parameter = isinstance(meta, nn.Parameter)
+            made[id(meta)] = nn.Parameter(value, requires_grad=False) if parameter else value
         *path, last = name.split(".")
-        setattr(network.get_submodule(".".join(path)), last, value)
+        setattr(network.get_submodule(".".join(path)), last, made[id(meta)])
     return network.eval()
 
 

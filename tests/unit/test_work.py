@@ -53,7 +53,7 @@ def demo(name: str) -> dict[str, Any]:
 def stepping(
     device: str, latents: Size, channels: int, batch: int, dtype: torch.dtype
 ) -> Callable[[Callable[[Tensor], Tensor]], None]:
-    """A step of sampling as the pipelines make it: latents and an earlier estimate kept, guidance in halves."""
+    """A step of sampling as the pipelines make it: latents and an estimate kept, guidance in halves."""
     halves = min(batch, 2)
 
     def step(predict: Callable[[Tensor], Tensor]) -> None:
