@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -231,21 +231,21 @@ class Studio:
         if run.device == "cpu":
             run.baseline = anonymous_bytes() - self._manager.anonymous_bytes
         yield from run.say(*refused, *pipeline.notices)
+        tried: list[Hashable] = []
         with PeakMeter(run.device) as meter:
-            for _ in range(RETRIES + 1):
-                failed = yield from self._run_phases(plan, pipeline, run)
-                if failed is None:
-                    break
+            while failed := (yield from self._run_phases(plan, pipeline, run)):
+                tried.append(plan.shape)
                 release()  # what failed is gone by now, and its traceback, which held tensors
                 here = self._machine()
-                yield from run.say(self._learn(failed, plan, pipeline, request, here))
+                told = self._learn(failed, plan, pipeline, request, here)
                 plan, pipeline = self._planned(request, seeds, here, compiled=compiled)
+                if plan.shape in tried or len(tried) > RETRIES:
+                    raise OutOfMemory(
+                        "The device ran out of memory, and again with leaner plans. A smaller picture or "
+                        "fewer images take less; so does closing other programs that use it."
+                    )
+                yield from run.say(told)
                 yield from self._announced(plan, request, here)
-            else:
-                raise OutOfMemory(
-                    f"The device ran out of memory {RETRIES + 1} times, each time with a leaner plan. "
-                    "A smaller picture or fewer images take less; so does closing other programs that use it."
-                )
         pictures: list[Image] = run.results[pipeline.phases[-1].name]
         timings = {**run.timings, "total": time.perf_counter() - begin}
         rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
@@ -415,7 +415,10 @@ class Studio:
             vae_tiling=settings.vae_tiling,
             device_map=settings.device_map,
         )
-        plan = make_plan(ways, hardware=here, cap_gib=settings.vram, wishes=wishes, lessons=self._lessons)
+        planned = partial(make_plan, ways, hardware=here, cap_gib=settings.vram, wishes=wishes)
+        plan = planned(lessons=self._lessons)
+        if not plan.fits and self._lessons:
+            plan = planned()  # a lesson tells how to go about it; what it measured is no reason to refuse
         return plan, ways[plan.way].make()
 
     def _announced(self, plan: Plan, request: Request, here: Hardware) -> Iterator[Event]:

@@ -225,7 +225,7 @@ NOT_IN_FLOAT16 = "Stage C overflows in float16, so it runs in bfloat16; the othe
 
 
 def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[str, str]]:
-    """The variants of the stages that may run, the best first; left the choice, both full or both lite.
+    """The variants of the stages that may run, the best first; where both are free, both full or lite.
 
     `stages` is a wish that a checkpoint without a variant cannot fulfil in full; `stage_c` and `stage_b` are
     orders. Raises CheckpointError where an order cannot be followed, or a stage is missing altogether.
@@ -241,9 +241,12 @@ def candidates(request: StableCascadeRequest, source: Source) -> Iterable[dict[s
                 f"{stage} is {order!r}, and {source.name} has {title} only {' and '.join(there)}"
             )
         allowed[stage] = [wish] if wish in there else there
-    pairs = [(c, b) for c, b in PAIRS if c in allowed["stage_c"] and b in allowed["stage_b"]]
-    alike = [(c, b) for c, b in pairs if c == b]
-    return [{"stage_c": c, "stage_b": b} for c, b in (alike or pairs)]
+    free = all(len(variants) > 1 for variants in allowed.values())
+    return [
+        {"stage_c": c, "stage_b": b}
+        for c, b in PAIRS
+        if c in allowed["stage_c"] and b in allowed["stage_b"] and (c == b or not free)
+    ]
 
 
 def unfulfilled(request: StableCascadeRequest, job: Job, source: Source) -> Iterable[str]:
