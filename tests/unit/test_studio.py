@@ -313,6 +313,27 @@ def test_running_out_of_memory_is_said_and_survived(
     assert studio.run(request(folder)).images
 
 
+def test_one_shortage_at_a_small_size_refuses_no_larger_picture(
+    studio: Studio, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = request(folder, width=1024, height=1024)
+    before = studio.plan(large)
+    forward, failed = UNet.forward, []
+
+    def once(self: UNet, *given: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise MemoryError
+        return forward(self, *given)
+
+    monkeypatch.setattr(UNet, "forward", once)
+    (notice,) = studio.run(request(folder)).notices
+    assert notice.startswith("Painting ran out of memory and is repeated with a leaner plan.")
+    assert studio._lessons  # of 64×64 pixels, in a machine of many GiB
+    assert before.fits
+    assert studio.plan(large).fits
+
+
 def test_describe_tells_the_defaults_of_any_checkpoint(studio: Studio, folder: Path, tmp_path: Path) -> None:
     told = studio.describe("sd15", str(folder)).defaults
     assert told == {"steps": 50, "guidance_scale": 7.5, "sampler": "pndm", "width": 64, "height": 64}
