@@ -25,6 +25,7 @@ from backend.gallery import Gallery
 from backend.manager import LoadedPart, Manager, release
 from backend.memory.hardware import Hardware, PeakMeter, anonymous_bytes, current_bytes
 from backend.memory.plan import (
+    FIRST_TIME_BYTES,
     WHOLE,
     Plan,
     PlannedPhase,
@@ -352,7 +353,8 @@ class Studio:
         if leaner.shape == plan.shape:  # the device has no less room than before: the formula was wrong
             ran = next(phase for phase in plan.phases if phase.name == failed.phase.name)
             room = leaner.budget_bytes - (ran.peak_bytes - ran.work_bytes)
-            factor = max((room + 1) / max(ran.work_bytes, 1), 1.1)
+            first = FIRST_TIME_BYTES.get(here.device, 0)  # which no lesson changes
+            factor = max((room + 1 - first) / max(ran.work_bytes - first, 1), 1.1)
             self._lessons[lesson] = self._lessons.get(lesson, 1.0) * factor
             leaner, _ = self._planned(request, seeds, here)
         news = [text for text in leaner.decisions[1:] if text not in plan.decisions]
