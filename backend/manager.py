@@ -32,6 +32,7 @@ class LoadedPart:
     key: str
     name: str
     checkpoint: str
+    family: str
     precision: str
     placement: str
     where: str  # "cpu", "cuda", "cuda:1"; what waits beside them in "RAM", or is read from its "file"
@@ -90,6 +91,7 @@ class Manager:
         return [
             LoadedPart(
                 key=_key(identity), name=entry.component.name, checkpoint=entry.component.checkpoint,
+                family=entry.component.family,
                 precision=entry.component.precision, placement=entry.planned.placement,
                 where="file" if entry.opened and entry.where == RAM else entry.where,
                 bytes=entry.component.bytes, lent=entry.lent > 0,

@@ -46,6 +46,7 @@ class Component:
     dtype: str
     load: Callable[[str], Any]
     checkpoint: str = ""
+    family: str = ""
     copied: int = -1
     blocks: Callable[[], Blocks] | None = None
     open: Callable[[], Any] | None = None

@@ -133,14 +133,20 @@ def _loaded(part: LoadedPart, public: bool) -> list[str]:
     name = escape(words.part(part.name))
     row = [
         f"{memory.swatch(part.name)}{name}",
-        escape(part.checkpoint),
+        _checkpoint(part),
         escape(words.precision(part.precision)),
         escape(_where(part)),
         words.size(part.bytes),
     ]
-    label = f"Free {escape(words.the_part(part.name))} of {escape(part.checkpoint)}"
+    label = f"Free {escape(words.the_part(part.name))} of {_checkpoint(part)}"
     button = f'<button type="button" data-key="{escape(part.key)}" aria-label="{label}">Free</button>'
     return row if public else [*row, "in use" if part.lent else button]
+
+
+def _checkpoint(part: LoadedPart) -> str:
+    """Every family has a demo."""
+    title = catalog.FAMILIES[part.family].title if part.family in catalog.FAMILIES else ""
+    return escape(f"{part.checkpoint}, {title}" if part.checkpoint == "demo" else part.checkpoint)
 
 
 def _where(part: LoadedPart) -> str:

@@ -126,7 +126,7 @@ class Hardware:
 def _cpu() -> Hardware:
     total, free = ram_bytes()
     return Hardware(
-        device="cpu", name=platform.processor() or platform.machine() or "CPU", total_bytes=total,
+        device="cpu", name=cpu_name(), total_bytes=total,
         free_bytes=free, ram_bytes=total, ram_free_bytes=free, bf16=cpu_has_bf16(), read=_cpu_free,
     )  # fmt: skip
 
@@ -191,6 +191,16 @@ def _mps_free() -> Free:
     used, ram = torch.mps.current_allocated_memory(), ram_bytes()[1]
     unused = torch.mps.driver_allocated_memory() - used  # our allocator's
     return Free(max(min(torch.mps.recommended_max_memory() - used, ram + unused), 0), (), ram)
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As its maker calls it, where the system tells."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "CPU"
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -99,6 +99,8 @@ class PlannedPhase:
     peak_bytes: int
     components: tuple[PlannedComponent, ...]
     manner: Manner = ALL
+    device: str = ""  # where it runs, one of several cards
+    budget_bytes: int = 0  # of that device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,11 @@ class Plan:
     def held(self, phase: PlannedPhase) -> list[PlannedComponent]:
         """What is in the device's memory while a phase runs: what it uses, and what stays besides."""
         used = {part.name for part in phase.components}
-        staying = (part for part in self.components.values() if part.placement == "resident")
+        staying = (
+            part
+            for part in self.components.values()
+            if part.placement == "resident" and phase.device in ("", part.device)
+        )
         return [*phase.components, *(part for part in staying if part.name not in used)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -481,8 +487,8 @@ class _Planner:
         if tiled and wishes.vae_tiling != "auto":
             chosen = [manner for manner in chosen if (manner.tile is not None) == (wishes.vae_tiling == "on")]
         if wishes.vae_slicing == "off" and phase.name in ("decode", "stage_a"):
-            together = [manner for manner in chosen if manner.images == phase.pictures]
-            chosen = together or chosen
+            chosen = [manner for manner in chosen if manner.images == phase.pictures] or chosen
+        chosen = [manner for manner in chosen if manner.images <= chosen[0].images]  # others take more
         if wishes.attention_slicing == "on":
             return tuple(replace(manner, rows=rows) for manner in chosen for rows in ROWS)
         if self.hardware.fused_attention:
@@ -508,6 +514,8 @@ class _Planner:
                 peak_bytes=phase.peak_bytes,
                 components=tuple(parts[name] for name in phase.used),
                 manner=phase.manner,
+                device=phase.device,
+                budget_bytes=phase.budget_bytes,
             )
             for phase in sketch.phases
         )

@@ -57,6 +57,7 @@ class Parts:
             precision=precision,
             dtype=precision,
             checkpoint=self.source.name,
+            family=self.source.family,
             load=lambda device: load(torch.device(device)),
             open=lambda: load(torch.device("meta")),
             blocks=blocks,

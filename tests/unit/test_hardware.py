@@ -13,7 +13,7 @@ import torch
 
 from backend import Hardware, InvalidRequest
 from backend.memory import hardware
-from backend.memory.hardware import GIB, Free, PeakMeter, cpu_has_bf16, current_bytes, ram_bytes
+from backend.memory.hardware import GIB, Free, PeakMeter, cpu_has_bf16, cpu_name, current_bytes, ram_bytes
 
 MEMINFO = "MemTotal: 16777216 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n"
 HUGE = 0x7FFFFFFFFFFFF000  # "no limit" of the first control groups
@@ -203,3 +203,11 @@ def test_peak_meter_of_several_cards(cards: Cards) -> None:
     with PeakMeter("cuda") as meter:
         assert cards.resets == [0, 1]
     assert meter.peak == 100
+
+
+def test_the_processors_name(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor : 0\nmodel name\t: Some 9000 Processor\nmodel name\t: another\n")
+    assert cpu_name(file) == "Some 9000 Processor"
+    file.write_text("processor : 0\n")
+    assert cpu_name(file) == cpu_name(tmp_path / "absent") != ""

@@ -244,8 +244,8 @@ class Machine(Studio):
 
 def in_memory(name: str, **facts: Any) -> LoadedPart:
     given: dict[str, Any] = {
-        "checkpoint": "sd3-medium", "precision": "int8", "placement": "resident", "where": "cuda",
-        "key": f"{name}!", "bytes": GIB, "lent": False,
+        "checkpoint": "sd3-medium", "family": "sd3", "precision": "int8", "placement": "resident",
+        "where": "cuda", "key": f"{name}!", "bytes": GIB, "lent": False,
     }  # fmt: skip
     return LoadedPart(name=name, **{**given, **facts})
 
