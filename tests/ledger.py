@@ -172,7 +172,12 @@ class _Methods(TorchFunctionMode):
         if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
             return _indexed(args[0], args[1])
         if func is Tensor.__setitem__ and isinstance(args[0], FakeTensor):
-            return _indexed(args[0], args[1]).copy_(torch.as_tensor(args[2], device=args[0].device))
+            value = args[2] if isinstance(args[2], Tensor) else args[0].new_tensor(args[2])
+            return _indexed(args[0], args[1]).copy_(value)
+        if func is Tensor.to and isinstance(args[0], FakeTensor) and torch.device("cuda") in args[1:]:
+            return torch.empty_like(args[0], device="cuda")
+        if func is Tensor.copy_ and isinstance(args[0], FakeTensor) and args[0].device != args[1].device:
+            return args[0]
         if func is Tensor.contiguous and isinstance(args[0], FakeTensor):
             return _contiguous(*args, **(kwargs or {}))
         if func is F.linear and len(args) == 3 and args[2] is not None and not args[0].is_contiguous():

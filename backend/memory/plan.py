@@ -204,6 +204,8 @@ def _why(ways: Sequence[Way], number: int, failed: Mapping[int, _Sketch]) -> str
     if 0 not in failed or number == 0:
         return f"{label}."
     short = failed[0].worst
+    if failed[0].ram_excess > 0:
+        return f"{label}: otherwise RAM would lack {gib(failed[0].ram_excess)} for what waits in it."
     return (
         f"{label}: otherwise {PHASES.get(short.name, short.name)} would take {gib(short.peak_bytes)} at "
         f"once, and {gib(short.budget_bytes)} is at hand."
