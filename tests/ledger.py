@@ -140,8 +140,11 @@ def placed(
     with torch.device("meta"):
         network = build()
     made: dict[int, Tensor] = {}  # weights that go by two names are made once
-    shared = {"remove_duplicate": False}
-    for name, meta in [*network.named_parameters(**shared), *network.named_buffers(**shared)]:
+    every = (
+        *network.named_parameters(remove_duplicate=False),
+        *network.named_buffers(remove_duplicate=False),
+    )
+    for name, meta in every:
         if id(meta) not in made:
             kept = dtype if meta.is_floating_point() else meta.dtype
             order = layout if meta.ndim == 4 else torch.contiguous_format
@@ -171,13 +174,10 @@ class _Methods(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[0], FakeTensor):
             return _indexed(args[0], args[1])
-        if func is Tensor.__setitem__ and isinstance(args[0], FakeTensor):
-            value = args[2] if isinstance(args[2], Tensor) else args[0].new_tensor(args[2])
-            return _indexed(args[0], args[1]).copy_(value)
+        if func in (Tensor.__setitem__, Tensor.copy_) and isinstance(args[0], FakeTensor):
+            return args[0]  # written in place: nothing is made
         if func is Tensor.to and isinstance(args[0], FakeTensor) and torch.device("cuda") in args[1:]:
             return torch.empty_like(args[0], device="cuda")
-        if func is Tensor.copy_ and isinstance(args[0], FakeTensor) and args[0].device != args[1].device:
-            return args[0]
         if func is Tensor.contiguous and isinstance(args[0], FakeTensor):
             return _contiguous(*args, **(kwargs or {}))
         if func is F.linear and len(args) == 3 and args[2] is not None and not args[0].is_contiguous():
