@@ -275,6 +275,7 @@ class _Planner:
         self, hardware: Hardware, cap_gib: float | None, wishes: Wishes, lessons: Mapping[Hashable, float]
     ) -> None:
         self.hardware, self.wishes, self.lessons = hardware, wishes, lessons
+        self.formulas: dict[tuple[int, Manner], int] = {}
         self.on_cpu = hardware.device == "cpu"
         self.budget = budget_bytes(hardware, cap_gib)
         self.ram = max(hardware.ram_free_bytes - RAM_RESERVE_BYTES, 0)
@@ -503,7 +504,10 @@ class _Planner:
         asked = manner
         if self.hardware.fused_attention and manner.rows is not None:
             asked = replace(manner, rows=None)
-        return round(phase.work(asked) * factor) + FIRST_TIME_BYTES.get(self.hardware.device, 0)
+        key = id(phase), asked
+        if key not in self.formulas:  # the same for every rung
+            self.formulas[key] = phase.work(asked)
+        return round(self.formulas[key] * factor) + FIRST_TIME_BYTES.get(self.hardware.device, 0)
 
     # ---- words
 

@@ -7,6 +7,7 @@ import math
 import pickle
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,15 +68,23 @@ def precision(path: Path, names: Container[str | None] | None = None) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def _header(path: Path) -> Mapping[str, tuple[tuple[int, ...], str]]:
     """The shape and dtype of every tensor."""
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    return _read_header(path, seen.st_size, seen.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)  # every plan asks for those of all components
+def _read_header(path: Path, size: int, changed_ns: int) -> Mapping[str, tuple[tuple[int, ...], str]]:
     if path.suffix != ".safetensors":
         return {
             name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in _pickled(path).items()
         }
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
