@@ -4,7 +4,8 @@ A pure function of (the ways to make the picture, hardware, wishes, lessons). Th
 taken only when no earlier one fits:
 
     resident → swapped → fewer images per forward, guidance's halves apart, tiles → the next smaller way
-    (T5 with 8 bits, with 4; Cascade lite) → streamed → T5 beside the card, on the CPU → without T5
+    (T5 with 8 bits, with 4; Cascade lite) → what all ways share streamed, the best way first → all streamed,
+    the smallest way → T5 beside the card, on the CPU → without T5
 
 `quality` keeps to the best way and streams it; `speed` takes the way with the least to compute, or the first
 that stays resident, and else the one with the least to move. Several cards share the components before
@@ -188,12 +189,22 @@ def make_plan(
     pipelines = [cache(way.make) for way in ways]  # a smaller one is not made while a larger one fits
     failed: dict[int, _Sketch] = {}  # the leanest of each way
     for number, rung in _ladder(ways, wishes):
+        if rung == "shared":
+            planner.shared = _shared(
+                [make() for way, make in zip(ways, pipelines, strict=True) if not way.lacking]
+            )
         for sketch in planner.sketches(pipelines[number](), rung):
             if sketch.fits:
                 return planner.plan(sketch, number, _why(ways, number, failed))
             failed[number] = sketch
     leanest = min(failed, key=lambda number: failed[number].excess)
     return planner.plan(failed[leanest], leanest, "")
+
+
+def _shared(pipelines: Sequence[Pipeline]) -> frozenset[str]:
+    """The components that are the same whichever way is chosen."""
+    each = [{(name, part.identity) for name, part in made.components.items()} for made in pipelines]
+    return frozenset(name for name, _ in set.intersection(*each))
 
 
 def _why(ways: Sequence[Way], number: int, failed: Mapping[int, _Sketch]) -> str:
@@ -222,8 +233,10 @@ def _ladder(ways: Sequence[Way], wishes: Wishes) -> Iterator[tuple[int, str]]:
         "sequential": ("streamed",),
     }.get(wishes.offload, ("resident", "spread", "swapped", "split", "divided"))
     last = {"none": (), "model": ("aside",)}.get(wishes.offload, ("streamed", "aside"))
+    shared = whole if wishes.offload == "auto" else []
     if wishes.prefer == "quality":
         whole, lacking = ([*whole, *lacking][:1], [])
+        shared = []
     if wishes.prefer == "speed":
         stay = ("resident", "spread")
         swift = sorted(whole, key=lambda number: ways[number].pace)
@@ -231,6 +244,8 @@ def _ladder(ways: Sequence[Way], wishes: Wishes) -> Iterator[tuple[int, str]]:
         yield from ((number, rung) for number in whole[-1:] for rung in fitting if rung not in stay)
     else:
         yield from ((number, rung) for number in whole for rung in fitting)
+    # a smaller T5 is no help to a transformer that does not fit beside none
+    yield from ((number, "shared") for number in shared)
     yield from ((number, rung) for rung in last for number in whole[-1:])
     yield from ((number, rung) for number in lacking for rung in (*fitting, *last))
 
@@ -276,6 +291,7 @@ class _Planner:
     ) -> None:
         self.hardware, self.wishes, self.lessons = hardware, wishes, lessons
         self.formulas: dict[tuple[int, Manner], int] = {}
+        self.shared: frozenset[str] = frozenset()
         self.on_cpu = hardware.device == "cpu"
         self.budget = budget_bytes(hardware, cap_gib)
         self.ram = max(hardware.ram_free_bytes - RAM_RESERVE_BYTES, 0)
@@ -307,6 +323,8 @@ class _Planner:
         elif rung == "streamed":
             always = self.wishes.offload == "sequential"
             yield self.sketch(pipeline, order, lean=True, streams="always" if always else "if need be")
+        elif rung == "shared":
+            yield self.sketch(pipeline, order, lean=True, streams="shared")
         elif rung == "aside" and not self.on_cpu:
             aside = [name for name in order if parts[name].stands_aside]
             if aside:
@@ -352,7 +370,9 @@ class _Planner:
                 fitting = (m for m in tried if self.work(phase, pipeline, m) + sum(need.values()) <= room)
                 chosen = next(((manner, need, ()) for manner in fitting), None)
             if chosen is None and streams != "never":
-                chosen = self.streamed(phase, pipeline, need, manners, room, always=streams == "always")
+                among = [name for name in need if streams != "shared" or name in self.shared]
+                always = streams == "always"
+                chosen = self.streamed(phase, pipeline, need, manners, room, among=among, always=always)
             manner, taken, coming = chosen or (manners[-1 if lean else 0], need, ())
             streamed |= set(coming)
             held |= taken
@@ -397,15 +417,16 @@ class _Planner:
         manners: Sequence[Manner],
         room: int,
         *,
+        among: Collection[str],
         always: bool,
     ) -> tuple[Manner, Mapping[str, int], Sequence[str]]:
-        """The first manner with which the phase fits if its largest components are streamed, as few as need
-        be; what all take then, those using the room that is left; and which they are. The leanest, where none
-        fits."""
+        """The first manner with which the phase fits if its largest components `among` these are streamed, as
+        few as need be; what all take then, those using the room that is left; and which they are. The
+        leanest, where none fits."""
         parts = pipeline.components
         blocks = {
             name: of()
-            for name in need
+            for name in among
             if (of := parts[name].blocks) is not None and (parts[name].open is not None or not self.on_cpu)
         }
         candidates = sorted(blocks, key=lambda name: -need[name])

@@ -93,6 +93,15 @@ def test_sd3_by_card(studio: Studio, card: int, t5: str, where: str, transformer
     assert parts["transformer"].placement == transformer
 
 
+def test_t5_is_not_made_smaller_for_a_transformer_that_has_to_be_streamed_anyway(studio: Studio) -> None:
+    request = replace(asked("sd3"), checkpoint="sd3.5-large")
+    for card, t5 in ((12, "bfloat16"), (8, "int8"), (6, "nf4")):
+        plan = studio.plan(request, Hardware.card(gib=card))
+        assert plan.components["transformer"].placement == "streamed"
+        assert plan.components["text_encoder_3"].precision == t5
+        assert plan.components["text_encoder_3"].placement == "swapped"
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_sd15_by_card(studio: Studio, card: int) -> None:
     plan = studio.plan(asked("sd15"), Hardware.card(gib=card))
