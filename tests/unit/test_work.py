@@ -174,13 +174,15 @@ CASES = [
 
 
 def thinned(config: dict[str, Any]) -> dict[str, Any]:
-    """With few of the layers, which are all alike: a second of walking less."""
+    """With few of the layers, which are alike: a second of walking less."""
     few: dict[str, Any] = {}
     if "num_layers" in config:
         few = {"num_layers": 2, "dual_attention_layers": [0] if config["dual_attention_layers"] else []}
     elif "down_num_layers_per_block" in config:
         one = [1] * len(config["down_num_layers_per_block"])
         few = {"down_num_layers_per_block": one, "up_num_layers_per_block": one}
+    elif "cross_attention_dim" in config:
+        few = {"layers_per_block": 1}
     return config | few
 
 
