@@ -133,7 +133,9 @@ def pipeline(request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtyp
         phases=(
             Phase(
                 name="encode", components=("text_encoder",), key=("encode", *encode_key),
-                work=lambda _: work.encode(source.config("text_encoder"), 1 + job.guided, dtype.itemsize),
+                work=lambda _: work.encode(
+                    source.config("text_encoder"), 1 + job.guided, dtype.itemsize, clip_skip=request.clip_skip
+                ),
                 run=lambda parts, *_: encode(parts["text_encoder"], job),
             ),
             Phase(

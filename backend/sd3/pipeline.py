@@ -247,6 +247,11 @@ def idle(job: Job) -> tuple[str, ...]:
     return (f"Skip-layer guidance does nothing: {why}.",)
 
 
+def t5_narrow(source: Source, dtype: torch.dtype, device: str) -> bool:
+    """Whether T5's layers stay in the 8 bits that their file has them in."""
+    return device in ("cpu", "cuda") and t5_is_float8(source, T5, dtype)
+
+
 def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
     source, device = parts.source, parts.device
 
@@ -254,7 +259,7 @@ def t5_component(parts: Parts, price: str, dtype: torch.dtype) -> Component:
         return load_t5_tokenizer(source), load_t5(source, T5, price, dtype, device)
 
     whole = parts.component(T5, dtype, load)
-    narrow = device.type in ("cpu", "cuda") and t5_is_float8(source, T5, dtype)
+    narrow = t5_narrow(source, dtype, device.type)
     sizes = t5_sizes(t5_shapes(source.config(T5)), price, dtype, float8=narrow)
     here = source.present([T5], whole.dtype)
     mapped = t5_mapped(sizes, price, dtype, source.precision(T5, whole.dtype)) if here else 0
@@ -365,9 +370,13 @@ def _phases(
     )  # fmt: skip
     if T5 not in components:
         return [clip, painting]
+    kept = components[T5].precision
     t5 = Phase(
         name="encode_t5", components=(T5,), key=t5_key,
-        work=lambda _: t5_work(source.config(T5), prompts, job.tokens, dtype),
+        work=lambda _: t5_work(
+            source.config(T5), prompts, job.tokens, dtype, device=device,
+            precision=kept if kept in ("int8", "nf4") else "full", float8=t5_narrow(source, dtype, device),
+        ),
         run=lambda parts, *_: read_t5(parts[T5], job),
     )  # fmt: skip
     return [clip, t5, painting]

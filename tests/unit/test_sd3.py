@@ -106,14 +106,14 @@ def test_settings_tell_what_ran(studio: Studio, folder: Path) -> None:
 
 
 def test_auto_goes_down_the_prices_as_memory_gets_short(studio: Studio, tmp_path: Path) -> None:
-    t5 = {"d_kv": 64, "d_ff": 2048, "num_layers": 8}  # what the networks take besides is little
+    t5 = {"d_kv": 64, "d_ff": 2048, "num_layers": 16}  # what the networks take besides is little
     folder = sd3_folder(tmp_path / "wide", t5=t5, joint_attention_dim=256)
 
     def plan_with(budget: int, t5: str) -> Plan:
         # in bfloat16, which the files are not in: mapped, the whole of it would take no memory
         free = budget + RESERVE_BYTES["cpu"]
         here = dataclasses.replace(Hardware.card(64), device="cpu", free_bytes=free)
-        return studio.plan(request(folder, t5=t5, dtype="bfloat16"), here)
+        return studio.plan(request(folder, t5=t5, dtype="bfloat16", max_sequence_length=77), here)
 
     def streams(plan: Plan) -> bool:
         return any(part.placement == "streamed" for part in plan.components.values())
