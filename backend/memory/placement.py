@@ -98,6 +98,7 @@ class Streamer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._turns.close()
         del self._turns
         put(self.module, {name: _made(spec, torch.device("meta")) for name, spec in self.specs.items()})
 
@@ -130,6 +131,8 @@ class _Turns:
         cuda = device.type == "cuda"
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
         self.side = torch.cuda.Stream(device) if cuda else None
+        if self.side is not None:  # what had this memory before may still be read
+            self.side.wait_stream(torch.cuda.current_stream(device))
         self.ready = [torch.cuda.Event() for _ in self.slots] if cuda else []
         self.unused = [torch.cuda.Event() for _ in self.slots] if cuda else []
         self.held: list[int | None] = [None] * count  # the block in each slot
@@ -137,6 +140,11 @@ class _Turns:
         coming = streamer.coming
         self.after = dict(pairwise([*coming, *coming[:1]]))  # until the network shows its own order
         self.views: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    def close(self) -> None:
+        """Let nobody have the slots' memory before the copy that is on its way has arrived."""
+        if self.side is not None:
+            torch.cuda.current_stream(self.streamer.device).wait_stream(self.side)
 
     def need(self, block: int) -> None:
         """Called before a module of the block runs: the block is here when this returns."""
