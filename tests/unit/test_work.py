@@ -44,7 +44,10 @@ Size = tuple[int, int]  # height and width, of pictures in pixels, of latents in
 Both = tuple[int, int]  # bytes as predicted, and as counted
 
 
-CLIP = {"sd3-clip-l": SD3["text_encoder"], "sd3-clip-g": SD3["text_encoder_2"]}
+CLIP: dict[str, dict[str, Any]] = {
+    "sd3-clip-l": {**SD3["text_encoder"], "num_hidden_layers": 6},
+    "sd3-clip-g": {**SD3["text_encoder_2"], "num_hidden_layers": 6},
+}
 
 
 def demo(name: str) -> dict[str, Any]:
@@ -209,11 +212,10 @@ def test_a_cpu_holds_its_tensors_and_more(name: str) -> None:
     assert counted <= predicted <= 2.6 * counted + 80 * 2**20
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", TINY)
-def test_small_networks_take_little_more_than_predicted(name: str, dtype: torch.dtype) -> None:
+def test_small_networks_take_little_more_than_predicted(name: str) -> None:
     run, config = TINY[name]
-    predicted, counted = run(config, (128, 128), 2, dtype)
+    predicted, counted = run(config, (128, 128), 2, torch.float16)
     assert 0.6 * counted <= predicted <= 2 * counted
 
 
