@@ -109,7 +109,9 @@ class Studio:
         self._manager = Manager(stands_in=hardware.stand_in if hardware else None)
         self._cache = PhaseCache()
         self._lessons: dict[Hashable, float] = {}  # phases whose work is larger than its formula says
-        self._wider: dict[tuple[str, str], str] = {}  # dtypes of what overflowed, by checkpoint and component
+        self._wider: dict[
+            tuple[str, str, str], str
+        ] = {}  # dtypes of what overflowed: family, checkpoint, part
         # no RLock: a closed generator may release it from another thread
         self._device_lock = threading.Lock()
 
@@ -344,8 +346,8 @@ class Studio:
         if failed.component is not None:
             part = pipeline.components[failed.component]
             wider = "float32" if failed.component in ("vae", "vqgan") or not here.bf16 else "bfloat16"
-            self._wider[part.checkpoint, part.name] = "float32" if part.dtype == wider else wider
-            again = self._wider[part.checkpoint, part.name]
+            again = "float32" if part.dtype == wider else wider
+            self._wider[part.family, part.checkpoint, part.name] = again
             return f"{failed.what} overflowed in {part.dtype}: it is repeated in {again}."
         lesson, title = lesson_of(failed.phase, pipeline), phase_title(failed.phase.name)
         seeds = tuple(range(request.num_images))
@@ -401,8 +403,8 @@ class Studio:
         source = self._source(request.checkpoint, request.family, request.config_from)
         wider = {
             name: getattr(torch, dtype)
-            for (checkpoint, name), dtype in self._wider.items()
-            if checkpoint == source.name
+            for (family, checkpoint, name), dtype in self._wider.items()
+            if (family, checkpoint) == (request.family, source.name)
         }
         parts = Parts(source=source, device=torch.device(here.device), compiled=compiled, wider=wider)
         dtype = self._dtype(request, here)
