@@ -8,6 +8,7 @@ one copy. What is swapped or streamed is on the device for its phase only, and w
 from __future__ import annotations
 
 import gc
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Hashable, Mapping
 from contextlib import contextmanager
@@ -48,17 +49,30 @@ class _Entry:
     where: str
     homes: Mapping[str, Tensor] | None = None  # its weights in RAM, or as the file has them
     opened: bool = False  # whether those are the file's, which need not be in the dtype they run in
+    pinned: bool = False
     anonymous_bytes: int = 0  # of the process's memory, as measured; a mapped file's pages do not count
     lent: int = 0
 
-    @property
-    def device_bytes(self) -> int:
-        """What it takes of the device's memory."""
+    def bytes_on(self, device: str) -> int:
+        """What it takes of a device's memory."""
         if self.where == RAM or self.planned.placement == "cpu":
             return 0
         if self.planned.shares:
+            return dict(self.planned.shares).get(device, 0)
+        if self.planned.device != device:
+            return 0
+        if self.planned.placement == "streamed" and self.planned.home:
             return self.planned.held_bytes
         return self.component.copied_bytes if self.where == "cpu" else self.component.bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """What it takes of RAM beside a card."""
+        if self.planned.placement == "cpu":
+            return self.component.copied_bytes
+        if self.homes is None or self.opened:
+            return 0
+        return self.component.bytes if self.pinned else self.component.copied_bytes
 
 
 class Manager:
@@ -68,18 +82,23 @@ class Manager:
         self, ram_free: Callable[[], int] = lambda: ram_bytes()[1], stands_in: str | None = None
     ) -> None:
         self._loaded: OrderedDict[Hashable, _Entry] = OrderedDict()  # least recently used first
+        self._table = threading.Lock()  # the page frees components while a job takes others
         self._ram_free = ram_free
         self._stands_in = stands_in
 
-    # the plan is asked for from other threads meanwhile, so everything that iterates takes a copy
+    # the page's threads look on meanwhile, so everything that iterates takes a copy
 
     def holds(self, component: Component) -> bool:
         return component.identity in self._loaded
 
+    def bytes_on(self, device: str) -> int:
+        """What the loaded components take of a device."""
+        return sum(entry.bytes_on(device) for entry in list(self._loaded.values()))
+
     @property
-    def bytes(self) -> int:
-        """What the loaded components take of the device."""
-        return sum(entry.device_bytes for entry in list(self._loaded.values()))
+    def ram_bytes(self) -> int:
+        """What waits in RAM beside a card, or runs there."""
+        return sum(entry.ram_bytes for entry in list(self._loaded.values()))
 
     @property
     def anonymous_bytes(self) -> int:
@@ -105,28 +124,39 @@ class Manager:
 
         Raises CheckpointError as its `load` does, and what a device raises that has no memory left.
         """
-        entry = self._ready(component, planned)
-        self._loaded.move_to_end(component.identity)
-        entry.lent += 1
+        entry = self._lend(component, planned)
         try:
             with self._placed(entry):
                 yield entry.value
         finally:
             entry.lent -= 1
             if not entry.lent and planned.home == "file" and not entry.opened:
-                self._loaded.pop(component.identity, None)
+                self._drop(component.identity)
 
-    def _ready(self, component: Component, planned: PlannedComponent) -> _Entry:
-        """The component in memory, in a state from which it can go where it is planned."""
-        entry = self._loaded.get(component.identity)
-        if entry is not None and not entry.lent and not _suits(entry, planned):
-            del self._loaded[component.identity]  # to be read again
-            entry = None
+    def _lend(self, component: Component, planned: PlannedComponent) -> _Entry:
+        """The component in memory, in a state from which it can go where it is planned; lent from now on."""
+        with self._table:
+            entry = self._loaded.get(component.identity)
+            if entry is not None and (entry.lent or _suits(entry, planned)):
+                entry.lent += 1
+                entry.planned = planned if not planned.shares else entry.planned
+                self._loaded.move_to_end(component.identity)
+                return entry
+        if entry is not None:  # to be read again
+            self._drop(component.identity)
+            del entry
             release()
-        if entry is None:
-            entry = self._loaded[component.identity] = self._load(component, planned)
-        entry.planned = planned
+        entry = self._load(component, planned)
+        entry.lent = 1
+        with self._table:
+            self._loaded[component.identity] = entry
         return entry
+
+    def _drop(self, identity: Hashable) -> None:
+        with self._table:
+            entry = self._loaded.get(identity)
+            if entry is not None and not entry.lent:
+                del self._loaded[identity]
 
     def _load(self, component: Component, planned: PlannedComponent) -> _Entry:
         before = anonymous_bytes()
@@ -135,10 +165,14 @@ class Manager:
             assert component.open is not None, f"{component.name} cannot be read block by block"
             entry = _Entry(component, component.open(), planned, RAM, opened=True)
             entry.homes = _homes(entry.value)
+        elif planned.placement == "cpu":
+            self._make_ram(component.copied_bytes)
+            entry = _Entry(component, component.load("cpu"), planned, "cpu")
         elif planned.home == "ram":
             self._make_ram(component.copied_bytes)
             entry = _Entry(component, component.load("cpu"), planned, RAM)
-            entry.homes = self._pinned(_homes(entry.value), component.bytes)
+            entry.homes, entry.pinned = self._pinned(_homes(entry.value), component.bytes)
+            self._park(entry)  # with the pinned ones for its weights, so that the others can go
         elif planned.shares:
             entry = _Entry(component, component.load("cpu"), planned, planned.device)
             self._divide(entry)
@@ -207,38 +241,35 @@ class Manager:
         placement.put(module, entry.homes)
         entry.where = RAM
 
-    def _pinned(self, homes: Mapping[str, Tensor], size: int) -> Mapping[str, Tensor]:
+    def _pinned(self, homes: Mapping[str, Tensor], size: int) -> tuple[Mapping[str, Tensor], bool]:
         """Where a card can read by itself, if RAM has room for copies of what is mapped, too."""
         import torch
 
         from backend.memory.placement import pin
 
         if not torch.cuda.is_available() or self._ram_free() - RAM_RESERVE_BYTES < size:
-            return homes
-        try:
-            return pin(homes)
-        except RuntimeError:  # the system limits what a process may pin
-            return homes
+            return homes, False
+        return pin(homes), True
 
-    def make_room(self, allowed_bytes: int, wanted: Collection[Hashable]) -> list[str]:
-        """Evict until what is not `wanted` takes no more than `allowed_bytes` of the device. → names evicted.
+    def make_room(self, device: str, allowed_bytes: int, wanted: Collection[Hashable]) -> list[str]:
+        """Evict until what is not `wanted` takes no more than `allowed_bytes` of a device. → names evicted.
 
         What is lent stays, even if the budget is short for it alone. Off a card goes into RAM if that has
         room: it comes back without a look at its file.
         """
         evicted: list[str] = []
         for identity, entry in list(self._loaded.items()):
-            others = sum(e.device_bytes for i, e in list(self._loaded.items()) if i not in wanted)
+            others = sum(e.bytes_on(device) for i, e in list(self._loaded.items()) if i not in wanted)
             if others <= allowed_bytes:
                 break
-            if entry.lent or identity in wanted or not entry.device_bytes:
+            if entry.lent or identity in wanted or not entry.bytes_on(device):
                 continue
             evicted.append(entry.component.name)
             room = entry.homes is not None or self._ram_free() - RAM_RESERVE_BYTES >= entry.component.bytes
             if entry.where != "cpu" and room and not entry.planned.shares:
                 self._park(entry)
             else:
-                del self._loaded[identity]
+                self._drop(identity)
         if evicted:
             release()
         return evicted
@@ -249,26 +280,28 @@ class Manager:
             if self._ram_free() - RAM_RESERVE_BYTES >= size:
                 return
             if entry.where == RAM and not entry.lent:
-                del self._loaded[identity]
+                self._drop(identity)
                 release()
 
     def free(self, key: str | None = None) -> bool:
         """Let go of one component, or of all that are not on loan; False where it is on loan, or not here."""
-        chosen = [
-            identity
-            for identity, entry in list(self._loaded.items())
-            if not entry.lent and key in (None, _key(identity))
-        ]
-        for identity in chosen:
-            self._loaded.pop(identity, None)
-        release()
+        with self._table:
+            chosen = [
+                identity
+                for identity, entry in self._loaded.items()
+                if not entry.lent and key in (None, _key(identity))
+            ]
+            for identity in chosen:
+                del self._loaded[identity]
+        if chosen:
+            release()
         return bool(chosen)
 
 
 def _suits(entry: _Entry, planned: PlannedComponent) -> bool:
     """Whether a component as it is in memory can be placed so without being read again."""
-    if entry.planned.shares or planned.shares:
-        return entry.planned.shares == planned.shares
+    if entry.planned.shares or planned.shares:  # as it was divided once: cards' free bytes differ each time
+        return bool(entry.planned.shares and planned.shares)
     from_file = planned.placement == "streamed" and planned.home == "file"
     if entry.opened:
         return from_file

@@ -31,7 +31,7 @@ from backend.memory.plan import (
     PlannedPhase,
     Wishes,
     budget_bytes,
-    lesson_of,
+    lessons_of,
     make_plan,
     phase_title,
 )
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 PREVIEW_SECONDS = 0.3  # between previews: a few a second look alive and cost little
 WAITING_SECONDS = 0.5
+TRUSTED = 2.0  # a formula may be wrong by so much; a larger shortage is told of requests of that size only
 RETRIES = 4  # of a request whose phases fail for want of memory, each with a leaner plan
 WARM = {  # the steps of each family's sampling
     "sd15": ("steps",),
@@ -210,6 +211,7 @@ class Studio:
         """Free every component and kept result; waits for the request that is running."""
         with self._device_lock:
             self._cache.clear()
+            self._lessons.clear()
             self._manager.free()
 
     def _generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
@@ -303,8 +305,9 @@ class Studio:
     ) -> Generator[Event, None, Any]:
         from backend.nn.layers import Attention, attention_by
 
-        staying = {pipeline.components[part.name].identity for part in plan.held(planned)}
-        self._manager.make_room(plan.budget_bytes - planned.peak_bytes, staying)
+        for device, allowed in plan.spare(planned).items():
+            here = {pipeline.components[part.name].identity for part in plan.held(planned, device)}
+            self._manager.make_room(device, allowed, here)
         rows = planned.manner.rows if planned.manner.rows != WHOLE else None
         with ExitStack() as loans:
             parts = {}
@@ -349,17 +352,19 @@ class Studio:
             again = "float32" if part.dtype == wider else wider
             self._wider[part.family, part.checkpoint, part.name] = again
             return f"{failed.what} overflowed in {part.dtype}: it is repeated in {again}."
-        lesson, title = lesson_of(failed.phase, pipeline), phase_title(failed.phase.name)
-        seeds = tuple(range(request.num_images))
+        title, seeds = phase_title(failed.phase.name), tuple(range(request.num_images))
         leaner, _ = self._planned(request, seeds, here)
         if leaner.shape == plan.shape:  # the device has no less room than before: the formula was wrong
             ran = next(phase for phase in plan.phases if phase.name == failed.phase.name)
             room = leaner.budget_bytes - (ran.peak_bytes - ran.work_bytes)
             first = FIRST_TIME_BYTES.get(here.device, 0)  # which no lesson changes
             factor = max((room + 1 - first) / max(ran.work_bytes - first, 1), 1.1)
-            self._lessons[lesson] = self._lessons.get(lesson, 1.0) * factor
+            for_all, for_this = lessons_of(failed.phase, pipeline)
+            lesson = for_all if factor <= TRUSTED else for_this
+            before = max(self._lessons.get(for_all, 1.0), self._lessons.get(for_this, 1.0))
+            self._lessons[lesson] = before * factor
             leaner, _ = self._planned(request, seeds, here)
-        news = [text for text in leaner.decisions[1:] if text not in plan.decisions]
+        news = [text for text in leaner.decisions[1:] if text not in plan.decisions] or [leaner.decisions[0]]
         return f"{title} ran out of memory and is repeated with a leaner plan. {' '.join(news)}".rstrip()
 
     def _machine(self) -> Hardware:
@@ -368,8 +373,20 @@ class Studio:
         here = self._hardware.now()
         if here.read is None:  # described, not detected
             return here
-        ours = self._manager.anonymous_bytes if here.device == "cpu" else self._manager.bytes
-        return replace(here, free_bytes=min(here.free_bytes + ours, here.total_bytes))
+        if here.device == "cpu":
+            ours = self._manager.anonymous_bytes
+            return replace(here, free_bytes=min(here.free_bytes + ours, here.total_bytes))
+        held = self._manager.bytes_on
+        others = (
+            replace(card, free_bytes=min(card.free_bytes + held(card.device), card.total_bytes))
+            for card in here.others
+        )
+        return replace(
+            here,
+            free_bytes=min(here.free_bytes + held(here.device), here.total_bytes),
+            ram_free_bytes=min(here.ram_free_bytes + self._manager.ram_bytes, here.ram_bytes),
+            others=tuple(others),
+        )
 
     def _source(self, checkpoint: str, family: str, config_from: str | None = None) -> Source:
         """Where the checkpoint comes from. In public mode nobody names paths or repositories of their own."""
@@ -389,9 +406,16 @@ class Studio:
             yield from source.fetch(names, dtype)
 
     def _planned(
-        self, request: Request, seeds: tuple[int, ...], here: Hardware, *, compiled: bool = False
+        self,
+        request: Request,
+        seeds: tuple[int, ...],
+        here: Hardware,
+        *,
+        compiled: bool = False,
+        settings: Settings | None = None,
     ) -> tuple[Plan, Pipeline]:
-        """The plan of a request, and the pipeline that it chose."""
+        """The plan of a request, and the pipeline that it chose; with other `settings`, if they are given."""
+        settings = settings or self.settings
         import torch
 
         from backend.weights.parts import Parts
@@ -399,7 +423,7 @@ class Studio:
         if request.family not in catalog.FAMILIES:
             raise InvalidRequest(f"family is {request.family!r}; it can be {', '.join(catalog.FAMILIES)}")
         if isinstance(request, SD3Request) and request.t5 == "auto":
-            request = replace(request, t5=self.settings.t5)
+            request = replace(request, t5=settings.t5)
         source = self._source(request.checkpoint, request.family, request.config_from)
         wider = {
             name: getattr(torch, dtype)
@@ -407,10 +431,9 @@ class Studio:
             if (family, checkpoint) == (request.family, source.name)
         }
         parts = Parts(source=source, device=torch.device(here.device), compiled=compiled, wider=wider)
-        dtype = self._dtype(request, here)
+        dtype = self._dtype(request, here, settings)
         offered = _room(request.family, "pipeline").ways(request, parts, seeds=seeds, dtype=dtype)
         ways = [replace(way, make=cache(way.make)) for way in offered]
-        settings = self.settings
         wishes = Wishes(
             prefer=request.prefer,
             offload=settings.offload,
@@ -433,18 +456,39 @@ class Studio:
     def _what_fits(self, request: Request, here: Hardware) -> str:
         """What would fit this machine instead of a request that does not."""
         asked = self._planned(request, _seeds(request), here)[1].settings
-        tries: dict[str, dict[str, Any]] = {}
-        if request.num_images > 1:
-            tries["num_images 1"] = {"num_images": 1}
-        tries |= {
-            f"{name} 'auto'": {name: "auto"}
+        tries: list[tuple[str, dict[str, Any], dict[str, Any]]] = []  # in words, of the request, of settings
+        for name in (
+            "offload",
+            "vae_slicing",
+            "vae_tiling",
+            "attention_slicing",
+            "device_map",
+            "t5",
+            "dtype",
+        ):
+            if getattr(self.settings, name) != "auto":
+                flag = f"--{name.replace('_', '-')} auto"
+                tries.append((flag, {}, {name: "auto"}))
+        tries += [
+            (f"{name} 'auto'", {name: "auto"}, {})
             for name in ("t5", "stages", "stage_c", "stage_b", "dtype", "prefer")
             if getattr(request, name, "auto") != "auto"
-        }
+        ]
+        if request.num_images > 1:
+            tries.append(("num_images 1", {"num_images": 1}, {}))
         for share in (3 / 4, 1 / 2, 1 / 4):
             width, height = (max(round(asked[side] * share / 64) * 64, 64) for side in ("width", "height"))
-            tries[f"{width}×{height} pixels"] = {"width": width, "height": height}
-        fits = (words for words, change in tries.items() if self.plan(replace(request, **change), here).fits)
+            tries.append((f"{width}×{height} pixels", {"width": width, "height": height}, {}))
+        if self.settings.vram is not None:
+            tries.append((f"more than --vram {self.settings.vram:g}", {}, {"vram": None}))
+        fits = (
+            words
+            for words, change, other in tries
+            if self._planned(
+                replace(request, **change), (0,) * change.get("num_images", request.num_images), here,
+                settings=replace(self.settings, **other),
+            )[0].fits
+        )  # fmt: skip
         found = list(islice(fits, 2))
         if found:
             return f"It would fit with {' or '.join(found)}."
@@ -467,11 +511,11 @@ class Studio:
         refused = f"Nothing is compiled: this machine has no compiler that works ({reason})."
         return reason is None, [refused] if reason else []
 
-    def _dtype(self, request: Request, here: Hardware) -> torch.dtype:
+    def _dtype(self, request: Request, here: Hardware, settings: Settings) -> torch.dtype:
         """The request's precision over the settings'; "auto" is the fastest that the device computes in."""
         import torch
 
-        name = request.dtype if request.dtype != "auto" else self.settings.dtype
+        name = request.dtype if request.dtype != "auto" else settings.dtype
         if name == "auto":
             # CPUs compute in bf16 or fp32 only
             on_cpu = ("bfloat16", "float32")

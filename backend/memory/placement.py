@@ -6,6 +6,7 @@ without a detour), or views of the mapped file. Leaving a device copies nothing 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from backend.memory.blocks import aligned, blocks_of, groups, staying
 from backend.weights.load import unread
+
+Spec = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]  # shape, dtype, strides
 
 
 def module_of(value: Any) -> nn.Module | None:
@@ -39,9 +42,36 @@ def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             owner._buffers[last] = tensor
 
 
-def pin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in memory that does not move, which a card reads by itself."""
-    return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+class Pinned(dict[str, Tensor]):
+    """Weights in RAM that does not move, which a card reads by itself; it may again when this is gone."""
+
+
+def pin(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Copies side by side in memory that is pinned in place.
+
+    Torch's own pinned memory rounds every tensor up to a power of two, which for T5's are half as much again,
+    and is never handed back to the system.
+    """
+    specs = {name: _spec(tensor) for name, tensor in tensors.items()}
+    flat = torch.empty(sum(aligned(_bytes(spec)) for spec in specs.values()), dtype=torch.uint8)
+    views = Pinned(_views(flat, specs))
+    for name, view in views.items():
+        view.copy_(tensors[name])
+    cuda: Any = torch.cuda.cudart()
+    if int(cuda.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)) == 0:  # else it is slower, and no worse
+        weakref.finalize(views, cuda.cudaHostUnregister, flat.data_ptr())
+    return views
+
+
+def _views(flat: Tensor, specs: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Tensors of these shapes, dtypes and strides, one after the other in flat memory."""
+    start, views = 0, {}
+    for name, (shape, dtype, stride) in specs.items():
+        size = _bytes((shape, dtype, stride))
+        part = flat[start : start + size].view(dtype)
+        views[name] = part.as_strided(shape, stride, part.storage_offset())
+        start += aligned(size)
+    return views
 
 
 def move(module: nn.Module, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -187,18 +217,9 @@ class _Turns:
     def _views(self, block: int, slot: int) -> dict[str, Tensor]:
         """The block's weights as they lie in the slot."""
         if (block, slot) not in self.views:
-            start, views = 0, {}
-            for name in self.streamer.groups[block]:
-                shape, dtype, stride = self.streamer.specs[name]
-                size = _bytes((shape, dtype, stride))
-                flat = self.slots[slot][start : start + size].view(dtype)
-                views[name] = flat.as_strided(shape, stride, flat.storage_offset())
-                start += aligned(size)
-            self.views[block, slot] = views
+            specs = {name: self.streamer.specs[name] for name in self.streamer.groups[block]}
+            self.views[block, slot] = _views(self.slots[slot], specs)
         return self.views[block, slot]
-
-
-Spec = tuple[tuple[int, ...], torch.dtype, tuple[int, ...]]  # shape, dtype, strides
 
 
 def _spec(tensor: Tensor) -> Spec:

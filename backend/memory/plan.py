@@ -125,15 +125,27 @@ class Plan:
         """What tells one way to run from another."""
         return self.way, tuple((phase.manner, phase.components) for phase in self.phases)
 
-    def held(self, phase: PlannedPhase) -> list[PlannedComponent]:
-        """What is in the device's memory while a phase runs: what it uses, and what stays besides."""
+    def held(self, phase: PlannedPhase, device: str | None = None) -> list[PlannedComponent]:
+        """What is in a device's memory while a phase runs, that where the phase runs unless another is named:
+        what the phase uses there, and what stays besides."""
+        where = device or phase.device
         used = {part.name for part in phase.components}
-        staying = (
+        parts = [*phase.components, *(part for part in self.components.values() if part.name not in used)]
+        return [
             part
-            for part in self.components.values()
-            if part.placement == "resident" and phase.device in ("", part.device)
-        )
-        return [*phase.components, *(part for part in staying if part.name not in used)]
+            for part in parts
+            if (part.name in used and where == phase.device)
+            or (part.placement == "resident" and (where in ("", part.device) or where in dict(part.shares)))
+        ]
+
+    def spare(self, phase: PlannedPhase) -> dict[str, int]:
+        """What each device of the plan has to spare beside what the plan holds there during a phase."""
+        spare = {phase.device: phase.budget_bytes - phase.peak_bytes}
+        for other in self.phases:
+            if other.device not in spare:
+                held = self.held(phase, other.device)
+                spare[other.device] = other.budget_bytes - sum(part.held_bytes for part in held)
+        return spare
 
     def to_dict(self) -> dict[str, Any]:
         """The shape that the `/plan` endpoint returns."""
@@ -167,9 +179,11 @@ def budget_bytes(hardware: Hardware, cap_gib: float | None) -> int:
     return max(free - RESERVE_BYTES[hardware.device], 0)
 
 
-def lesson_of(phase: Phase, pipeline: Pipeline) -> Hashable:
-    """What is learned of a phase's work is learned for this network, whatever the request."""
-    return phase.name, tuple(pipeline.components[name].identity for name in phase.components)
+def lessons_of(phase: Phase, pipeline: Pipeline) -> tuple[Hashable, Hashable]:
+    """What is learned of a phase's work is learned for its networks: for all requests, or for those alone
+    whose work is as large."""
+    networks = phase.name, tuple(pipeline.components[name].identity for name in phase.components)
+    return networks, (networks, phase.work(phase.manners[0]))
 
 
 def make_plan(
@@ -183,7 +197,7 @@ def make_plan(
     """The plan of the first rung that fits; of the leanest one, saying what it lacks, where none does.
 
     `ways` are offered the best first, those that lack a part last. `lessons` are factors by which the work of
-    phases (`lesson_of`) turned out to be larger than its formula.
+    phases (`lessons_of`) turned out to be larger than its formula.
     """
     planner = _Planner(hardware, cap_gib, wishes, lessons or {})
     pipelines = [cache(way.make) for way in ways]  # a smaller one is not made while a larger one fits
@@ -196,7 +210,8 @@ def make_plan(
         for sketch in planner.sketches(pipelines[number](), rung):
             if sketch.fits:
                 return planner.plan(sketch, number, _why(ways, number, failed))
-            failed[number] = sketch
+            if number not in failed or sketch.excess <= failed[number].excess:
+                failed[number] = sketch
     leanest = min(failed, key=lambda number: failed[number].excess)
     return planner.plan(failed[leanest], leanest, "")
 
@@ -212,14 +227,16 @@ def _why(ways: Sequence[Way], number: int, failed: Mapping[int, _Sketch]) -> str
     label = ways[number].label
     if not label:
         return ""
-    if 0 not in failed or number == 0:
+    better = [each for each in failed if each < number]
+    if not better:
         return f"{label}."
-    short = failed[0].worst
-    if failed[0].ram_excess > 0:
-        return f"{label}: otherwise RAM would lack {gib(failed[0].ram_excess)} for what waits in it."
+    short = failed[max(better)]  # the next better one
+    if short.ram_excess > 0:
+        return f"{label}: otherwise RAM would lack {gib(short.ram_excess)} for what waits in it."
+    worst = short.worst
     return (
-        f"{label}: otherwise {PHASES.get(short.name, short.name)} would take {gib(short.peak_bytes)} at "
-        f"once, and {gib(short.budget_bytes)} is at hand."
+        f"{label}: otherwise {PHASES.get(worst.name, worst.name)} would take {gib(worst.peak_bytes)} at "
+        f"once, and {gib(worst.budget_bytes)} is at hand."
     )
 
 
@@ -232,6 +249,8 @@ def _ladder(ways: Sequence[Way], wishes: Wishes) -> Iterator[tuple[int, str]]:
         "model": ("swapped", "split"),
         "sequential": ("streamed",),
     }.get(wishes.offload, ("resident", "spread", "swapped", "split", "divided"))
+    if wishes.device_map == "balanced":
+        fitting = ("spread", *(rung for rung in fitting if rung != "spread"))
     last = {"none": (), "model": ("aside",)}.get(wishes.offload, ("streamed", "aside"))
     shared = whole if wishes.offload == "auto" else []
     if wishes.prefer == "quality":
@@ -294,6 +313,9 @@ class _Planner:
         self.shared: frozenset[str] = frozenset()
         self.on_cpu = hardware.device == "cpu"
         self.budget = budget_bytes(hardware, cap_gib)
+        capped = cap_gib is not None and cap_gib * GIB < hardware.free_bytes
+        kept = gib(RESERVE_BYTES[hardware.device])
+        self.capped = f" (of the {cap_gib:g} GiB that vram allows {kept} is kept free)" if capped else ""
         self.ram = max(hardware.ram_free_bytes - RAM_RESERVE_BYTES, 0)
         reserve = RESERVE_BYTES["cuda"]
         cap = cap_gib * GIB if cap_gib is not None else float("inf")
@@ -366,7 +388,7 @@ class _Planner:
             chosen: tuple[Manner, Mapping[str, int], Collection[str]] | None = None
             if streams != "always":
                 # one that has failed goes about it more leanly before anything has to leave
-                tried = manners if lean or lesson_of(phase, pipeline) in self.lessons else manners[:1]
+                tried = manners if lean or self.lesson(phase, pipeline) > 1 else manners[:1]
                 fitting = (m for m in tried if self.work(phase, pipeline, m) + sum(need.values()) <= room)
                 chosen = next(((manner, need, ()) for manner in fitting), None)
             if chosen is None and streams != "never":
@@ -513,6 +535,8 @@ class _Planner:
         if wishes.vae_slicing == "off" and phase.name in ("decode", "stage_a"):
             chosen = [manner for manner in chosen if manner.images == phase.pictures] or chosen
         chosen = [manner for manner in chosen if manner.images <= chosen[0].images]  # others take more
+        if phase.name.startswith("encode"):  # of transformers' networks, over a few tokens
+            return tuple(chosen)
         if wishes.attention_slicing == "on":
             return tuple(replace(manner, rows=rows) for manner in chosen for rows in ROWS)
         if self.hardware.fused_attention:
@@ -520,8 +544,13 @@ class _Planner:
         each = (WHOLE,) if wishes.attention_slicing == "off" else (WHOLE, *ROWS)
         return tuple(replace(manner, rows=rows) for manner in chosen for rows in each)
 
+    def lesson(self, phase: Phase, pipeline: Pipeline) -> float:
+        if not self.lessons:
+            return 1.0
+        return max(self.lessons.get(key, 1.0) for key in lessons_of(phase, pipeline))
+
     def work(self, phase: Phase, pipeline: Pipeline, manner: Manner) -> int:
-        factor = self.lessons.get(lesson_of(phase, pipeline), 1.0) if self.lessons else 1.0
+        factor = self.lesson(phase, pipeline)
         asked = manner
         if self.hardware.fused_attention and manner.rows is not None:
             asked = replace(manner, rows=None)
@@ -546,7 +575,8 @@ class _Planner:
             )
             for phase in sketch.phases
         )
-        told = (self.verdict(sketch), why, *self.details(sketch), *sketch.pipeline.decisions)
+        details = self.details(sketch) if sketch.fits else ()
+        told = (self.verdict(sketch), why, *details, *sketch.pipeline.decisions)
         return Plan(
             device=self.hardware.device,
             budget_bytes=worst.budget_bytes,
@@ -560,6 +590,8 @@ class _Planner:
     def verdict(self, sketch: _Sketch) -> str:
         parts, worst = sketch.components.values(), sketch.worst
         where = "the CPU" if self.on_cpu else self.hardware.name
+        if len({part.device for part in parts if part.placement != "cpu"}) > 1:
+            where = "the cards"
         if sketch.ram_excess > 0:
             return (
                 f"Does not fit this machine: RAM lacks {gib(sketch.ram_excess)} for what is not on {where} "
@@ -569,14 +601,14 @@ class _Planner:
             weights = worst.peak_bytes - worst.work_bytes
             return (
                 f"Does not fit {where}: {PHASES.get(worst.name, worst.name)} needs {gib(worst.peak_bytes)}, "
-                f"{gib(weights)} of it weights, and {gib(worst.budget_bytes)} is at hand."
+                f"{gib(weights)} of it weights, and {gib(worst.budget_bytes)} is at hand{self.capped}."
             )
         at_most = f"{gib(worst.peak_bytes)} of the {gib(worst.budget_bytes)} at hand"
         coming = [part.name for part in parts if part.placement in ("swapped", "streamed")]
         if not coming:
             return f"Everything stays in memory on {where}: {at_most}."
         if len(coming) == len(parts):
-            return f"Every part is in memory on {where} only while it works: at most {at_most}."
+            return f"Nothing stays in memory on {where} between the phases: at most {at_most}."
         return f"{listed(coming)} in memory on {where} only while {works(coming)}: at most {at_most}."
 
     def details(self, sketch: _Sketch) -> Iterator[str]:
@@ -589,11 +621,12 @@ class _Planner:
                 yield f"{name} runs on the CPU, in RAM: the card has no room for it."
             elif part.placement == "streamed" and part.home == "ram":
                 yield (
-                    f"{name} is streamed: {gib(part.held_bytes)} of its {gib(part.bytes)} are on the {where} "
-                    "at once, the rest comes block by block while it computes."
+                    f"{name} is streamed: all but {gib(part.bytes - part.held_bytes)} of its "
+                    f"{gib(part.bytes)} are on the {where} at once, and that comes block by block."
                 )
             elif part.placement == "streamed":
-                yield f"{name} is read from its file block by block as it computes: memory does not hold it."
+                why = "as asked for" if self.wishes.offload == "sequential" else "memory does not hold it"
+                yield f"{name} is read from its file block by block as it computes: {why}."
             elif part.home == "file" and not self.on_cpu:
                 yield f"{name} is read again from its file for every use: RAM does not hold it."
             if part.shares:

@@ -37,13 +37,13 @@ def test_manager_loads_once_and_evicts_the_least_recent_never_the_lent() -> None
     assert loads == ["a", "b", "c"]
     assert [part.name for part in manager.parts()] == ["a", "c", "b"]  # the most recent first
     with manager.use(b, planned(b)):
-        assert manager.make_room(20, [a.identity]) == []
-        assert manager.make_room(19, [a.identity]) == ["c"]  # b is lent, a wanted
-        assert manager.make_room(0, []) == ["a"]
+        assert manager.make_room("cpu", 20, [a.identity]) == []
+        assert manager.make_room("cpu", 19, [a.identity]) == ["c"]  # b is lent, a wanted
+        assert manager.make_room("cpu", 0, []) == ["a"]
         assert not manager.free()  # the one that is left is lent
         assert manager.holds(b)
     assert manager.free()
-    assert manager.bytes == 0
+    assert manager.bytes_on("cpu") == 0
 
 
 def test_manager_frees_one_by_its_key_but_never_what_is_lent() -> None:
@@ -67,7 +67,7 @@ def test_manager_keeps_nothing_that_a_cpu_holds_for_its_phase_only() -> None:
     passing = replace(planned(t5), placement="swapped", home="file")
     for _ in range(2):
         with manager.use(t5, passing):
-            assert manager.bytes == 10
+            assert manager.bytes_on("cpu") == 10
         assert not manager.holds(t5)
     assert loads == ["t5", "t5"]
 

@@ -21,7 +21,7 @@ from backend.memory.plan import (
     Wishes,
     budget_bytes,
     gib,
-    lesson_of,
+    lessons_of,
     make_plan,
     phase_title,
 )
@@ -238,6 +238,30 @@ def test_where_nothing_fits_the_error_says_what_would(studio: Studio) -> None:
         Studio(studio.settings, Hardware.card(gib=0.6)).run(request)
 
 
+@pytest.mark.parametrize(
+    ("settings", "gib", "flag"),
+    [({"offload": "none"}, 2, "--offload auto"), ({"vram": 0.6}, 24, "more than --vram 0.6")],
+)
+def test_a_setting_that_keeps_it_from_fitting_is_named(
+    studio: Studio, settings: dict[str, Any], gib: float, flag: str
+) -> None:
+    narrow = Studio(replace(studio.settings, **settings), Hardware.card(gib=gib))
+    with pytest.raises(OutOfMemory) as caught:
+        narrow.run(asked("sd15"))
+    assert f"It would fit with {flag}" in str(caught.value)
+    if "vram" in settings:
+        assert "of the 0.6 GiB that vram allows 512 MiB is kept free" in str(caught.value)
+
+
+def test_balanced_spreads_what_one_card_could_hold(studio: Studio) -> None:
+    cards = Hardware.card(gib=24, count=2)
+    assert {part.device for part in studio.plan(asked("sd3"), cards).components.values()} == {"cuda"}
+    balanced = Studio(replace(studio.settings, device_map="balanced"))
+    parts = balanced.plan(asked("sd3"), cards).components
+    assert {part.device for part in parts.values()} == {"cuda", "cuda:1"}
+    assert parts["text_encoder_3"].device != parts["transformer"].device
+
+
 def test_budget_is_capped_and_never_negative() -> None:
     card = Hardware.card(gib=24)
     assert budget_bytes(card, 6) == 6 * GIB - RESERVE_BYTES["cuda"]
@@ -419,7 +443,7 @@ def test_lessons_make_a_plan_leaner() -> None:
     four = pipeline(images=4)
     card = Hardware.card(gib=6)
     before = made(card, four)
-    lessons = {lesson_of(four.phases[1], four): 2.0}
+    lessons = {lessons_of(four.phases[1], four)[0]: 2.0}
     after = made(card, four, lessons=lessons)
     assert after.phases[1].work_bytes == 2 * four.phases[1].work(after.phases[1].manner)
     assert after.shape != before.shape

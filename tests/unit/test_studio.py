@@ -237,7 +237,7 @@ def test_failed_request_frees_the_device(studio: Studio, folder: Path, tmp_path:
 def test_unload_forgets_everything(studio: Studio, folder: Path, forwards: list[int]) -> None:
     studio.run(request(folder, sampler="ddim"))
     studio.unload()
-    assert not studio._manager.bytes
+    assert not studio._manager.bytes_on("cpu")
     studio.run(request(folder, sampler="ddim"))
     assert len(forwards) == 6
 
@@ -398,6 +398,6 @@ def test_the_plan_can_be_asked_for_while_components_come_and_go(studio: Studio, 
     thread = threading.Thread(target=churn)
     thread.start()
     while not done.is_set():
-        assert studio._manager.bytes >= 0
+        assert studio._manager.bytes_on("cpu") >= 0
     thread.join()
-    assert studio._manager.bytes == 300
+    assert studio._manager.bytes_on("cpu") == 300
