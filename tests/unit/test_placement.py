@@ -24,7 +24,7 @@ from backend.errors import CheckpointError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result
 from backend.memory.blocks import blocks_of, staying
 from backend.memory.hardware import GIB, Free
-from backend.memory.placement import Streamer, divided_map, module_of, put, tensors_of
+from backend.memory.placement import Streamer, divided_map, module_of, pin, put, tensors_of
 from backend.nn.autoencoder import Autoencoder
 from backend.requests import Request
 from backend.sd15.unet import UNet
@@ -558,3 +558,29 @@ def test_a_network_is_divided_in_whole_blocks_by_shares() -> None:
     blocks = [cards[f"blocks.{index}"] for index in range(40)]
     assert 8 <= blocks.count(0) <= 11
     assert blocks == sorted(blocks)
+
+
+def test_pinned_weights_lie_side_by_side_and_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: dict[int, int] = {}
+
+    class Driver:
+        def cudaHostRegister(self, start: int, size: int, flags: int) -> int:  # noqa: N802 (CUDA's own name)
+            pinned[start] = size
+            return 0
+
+        def cudaHostUnregister(self, start: int) -> None:  # noqa: N802
+            del pinned[start]
+
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    net = Net()
+    homes = tensors_of(net)
+    copies = pin(homes)
+    assert sum(pinned.values()) < 1.1 * sum(tensor.nbytes for tensor in homes.values()) + 256 * len(homes)
+    (start,) = pinned
+    for name, tensor in homes.items():
+        assert torch.equal(copies[name], tensor)
+        assert start <= copies[name].data_ptr() < start + pinned[start]
+    del copies
+    gc.collect()
+    assert not pinned
