@@ -210,8 +210,7 @@ def make_plan(
         for sketch in planner.sketches(pipelines[number](), rung):
             if sketch.fits:
                 return planner.plan(sketch, number, _why(ways, number, failed))
-            if number not in failed or sketch.excess <= failed[number].excess:
-                failed[number] = sketch
+            failed[number] = sketch
     leanest = min(failed, key=lambda number: failed[number].excess)
     return planner.plan(failed[leanest], leanest, "")
 
