@@ -297,7 +297,9 @@ class Conditioning:
     local: Tensor | None
 
     def of(self, prompts: slice, some: slice, images: int) -> Conditioning:
-        """That of these prompts and these of the pictures."""
+        """That of these prompts and these of the pictures; as it is where that is all of them."""
+        if prompts.start is None and some == slice(0, images):
+            return self
         local = self.local
         if local is not None and len(local) > 1:  # one stands for all
             local = local.unflatten(0, (-1, images))[prompts, some].flatten(0, 1)

@@ -105,15 +105,13 @@ class Streamer:
         self._handles: list[Any] = []
 
     def __enter__(self) -> nn.Module:
-        loaded = {name for index in self.coming for name in self.groups[index]}
+        coming = {name for index in self.coming for name in self.groups[index]}
         put(
             self.module,
-            {
-                name: self._empty(name) if name in loaded else self._copied(name, self._room(name))
-                for name in self.specs
-            },
+            {name: self._empty(name) if name in coming else self._kept(name) for name in self.specs},
         )
-        self._compiled(None)
+        for module in self.module.modules():  # compiled code would not see weights come and go
+            module._compiled_call_impl = None
         self._turns = _Turns(self, self.slots)
         block = {name: index for index in self.coming for name in self.groups[index]}
         for path, module in self.module.named_modules():
@@ -132,21 +130,13 @@ class Streamer:
         del self._turns
         put(self.module, {name: _made(spec, torch.device("meta")) for name, spec in self.specs.items()})
 
-    def _compiled(self, call: Any) -> None:
-        """Compiled code would not see weights come and go: blocks that are streamed run as they are."""
-        for module in self.module.modules():
-            module._compiled_call_impl = call
-
-    def _room(self, name: str) -> Tensor:
-        return _made(self.specs[name], self.device)
-
     def _empty(self, name: str) -> Tensor:
         """What stands for a weight that is not here: others look at its shape, dtype and device."""
         shape, dtype, _ = self.specs[name]
         return torch.empty((), dtype=dtype, device=self.device).expand(shape)
 
-    def _copied(self, name: str, room: Tensor) -> Tensor:
-        return room.copy_(self.homes[name], non_blocking=True)
+    def _kept(self, name: str) -> Tensor:
+        return _made(self.specs[name], self.device).copy_(self.homes[name], non_blocking=True)
 
     def slot_bytes(self) -> int:
         return max((self.sizes[index] for index in self.coming), default=0)
