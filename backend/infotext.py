@@ -15,8 +15,13 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from backend import catalog, png
+from backend.errors import InvalidRequest
+from backend.image_prompts import MOST_PIXELS
+from backend.requests import REQUESTS
 from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
 from backend.version import VERSION
 
@@ -31,6 +36,35 @@ SKIP_LAYERS = {  # a field of the text → of the request
     "Skip layer stop": "skip_layer_guidance_stop",
 }
 FEWEST_FIELDS = 3  # a last line with fewer belongs to the prompt
+SOURCES = {  # a field of the request → of the text, where it is told
+    "seed": "Seed",
+    "width": "Size",
+    "height": "Size",
+    "raw_prompt": "Raw prompt",
+    "clip_skip": "Clip skip",
+    "checkpoint": "Model",
+}
+SINGLE_STAGE_SOURCES = {"steps": "Steps", "guidance_scale": "CFG scale", "sampler": "Sampler"}
+FAMILY_SOURCES: dict[str, dict[str, str]] = {
+    "sd15": SINGLE_STAGE_SOURCES,
+    "sd3": {
+        **SINGLE_STAGE_SOURCES,
+        "shift": "Shift",
+        "t5": "T5",
+        "max_sequence_length": "Max sequence length",
+        **{name: key for key, name in SKIP_LAYERS.items()},
+        "skip_guidance_layers": "Skip layers",
+    },
+    "stable_cascade": {
+        "prior_steps": "Steps",
+        "prior_guidance_scale": "CFG scale",
+        "decoder_steps": "Decoder steps",
+        "decoder_guidance_scale": "Decoder CFG scale",
+        "stage_c": "Stage C",
+        "stage_b": "Stage B",
+    },
+}
+TOGETHER = (("width", "height"), ("skip_layer_guidance_start", "skip_layer_guidance_stop"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +181,8 @@ def restore(text: str) -> dict[str, Any]:
     info = parse(text)
     fields = info.fields
     width, _, height = fields.get("Size", "").partition("x")
-    cascade, flow = "Decoder steps" in fields, "T5" in fields
+    family = family_of(fields)
+    cascade, flow = family == "stable_cascade", family == "sd3"
     steps, guidance = ("prior_steps", "prior_guidance_scale") if cascade else ("steps", "guidance_scale")
     told: dict[str, Any] = {
         "prompt": info.prompt,
@@ -180,9 +215,105 @@ def restore(text: str) -> dict[str, Any]:
     if clip_skip := _number(int, fields.get("Clip skip")):
         told["clip_skip"] = clip_skip - 1
     model = fields.get("Model", "")
-    if fields.get("Version", "").startswith("Triptych") and (model == "demo" or "/" in model):
+    if _is_ours(fields) and (model == "demo" or "/" in model):
         told["checkpoint"] = model
     return {name: value for name, value in told.items() if value is not None}
+
+
+# ---- what a text means here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a text asks for: `settings` are fields of a request of the `family`, all of which it takes.
+
+    `unknown` are the fields of the text that mean nothing here, `refused` those whose value cannot be served;
+    both by their names in the text.
+    """
+
+    family: str
+    settings: dict[str, Any]
+    unknown: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def of_file(file: Path) -> Restored:
+    """What a PNG file tells. Raises InvalidRequest, in words, for what is none, or tells nothing."""
+    read = png.read(file)
+    if read.width * read.height > MOST_PIXELS:
+        most = MOST_PIXELS // 1_000_000
+        raise InvalidRequest(
+            f"{file.name} has {read.width} × {read.height} pixels; it can have up to {most} million"
+        )
+    if not (read.parameters or "").strip():
+        raise InvalidRequest(
+            f"{file.name} has no settings in it: Triptych and the popular web UIs keep them as a text named"
+            " 'parameters', which is lost when a picture is edited or sent by a messenger"
+        )
+    return understand(read.parameters or "")
+
+
+def understand(text: str) -> Restored:
+    """The settings that a text tells, and what of it cannot be used."""
+    fields = parse(text).fields
+    family = family_of(fields)
+    told = restore(text)
+    model = fields.get("Model", "")
+    if _is_ours(fields) and catalog.entry(family, model):
+        told["checkpoint"] = model
+    settings = _servable(family, told)
+    sources = SOURCES | FAMILY_SOURCES[family]
+    used = {sources[name] for name in settings if name in sources} | {"Version"}
+    known = {*sources.values(), *used}
+    if "sampler" in sources:
+        known.add("Schedule type")
+        if _schedule_is_told(family, settings.get("sampler"), fields.get("Schedule type", "")):
+            used.add("Schedule type")
+    else:
+        known |= {"Sampler", "Image prompts"}
+        if fields.get("Sampler") == WUERSTCHEN:
+            used.add("Sampler")
+    return Restored(
+        family=family,
+        settings=settings,
+        unknown=tuple(key for key in fields if key not in known),
+        refused=tuple(key for key in fields if key in known and key not in used),
+    )
+
+
+def family_of(fields: Mapping[str, str]) -> str:
+    """Each family writes a field that no other has; what other tools write is of Stable Diffusion 1.5."""
+    return "stable_cascade" if "Decoder steps" in fields else "sd3" if "T5" in fields else "sd15"
+
+
+def _is_ours(fields: Mapping[str, str]) -> bool:
+    return fields.get("Version", "").startswith("Triptych")
+
+
+def _servable(family: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that a request of the family takes, each by itself and together."""
+
+    def serves(values: dict[str, Any]) -> bool:
+        try:
+            REQUESTS[family](**values)
+        except InvalidRequest:
+            return False
+        return True
+
+    kept = {name: value for name, value in told.items() if serves({name: value})}
+    for group in TOGETHER:
+        asked = {name: told[name] for name in group if name in told}
+        if not serves(asked):
+            kept = {name: value for name, value in kept.items() if name not in group}
+    return kept
+
+
+def _schedule_is_told(family: str, sampler: str | None, schedule: str) -> bool:
+    """Whether the sampler has the schedule that newer tools write apart from it."""
+    samplers = FLOW_SAMPLER_INFO if family == "sd3" else SAMPLER_INFO
+    if schedule.lower() == "automatic":
+        return True
+    return sampler is not None and samplers[sampler].label.lower().endswith(schedule.lower())
 
 
 def _text(prompt: str, negative_prompt: str, fields: Mapping[str, str]) -> str:
