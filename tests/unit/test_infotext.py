@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from backend.infotext import describe, parse, restore, write
-from backend.requests import SD3Request, SD15Request, StableCascadeRequest
+from backend.errors import InvalidRequest
+from backend.infotext import describe, of_file, parse, restore, understand, write
+from backend.requests import REQUESTS, SD3Request, SD15Request, StableCascadeRequest
 from backend.version import VERSION
 
 SETTINGS: dict[str, Any] = {
@@ -289,3 +295,169 @@ def test_what_makes_no_sense_is_left_out() -> None:
         "prompt": "just a prompt: with a colon",
         "negative_prompt": "",
     }
+
+
+OTHER = (
+    "a cat (fluffy:1.2)\nNegative prompt: blurry\n"
+    "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6, Seed: 123456, Size: 512x768, "
+    "Model hash: 67ab2fd8ec, Model: ponyXL_v6, VAE hash: 735e4c3a44, Clip skip: 2, "
+    'Hires upscale: 2, Lora hashes: "thing: 1a2b", Version: v1.10.1'
+)
+
+
+def test_another_tools_text_is_told_apart() -> None:
+    restored = understand(OTHER)
+    assert restored.family == "sd15"
+    assert restored.settings == restore(OTHER)
+    assert restored.unknown == ("Model hash", "VAE hash", "Hires upscale", "Lora hashes")
+    assert restored.refused == ("Model",)  # a name alone does not say where the checkpoint is
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("sd15", SETTINGS), ("sd3", SD3), ("stable_cascade", CASCADE)], ids=str
+)
+def test_our_own_text_is_understood_whole(family: str, settings: dict[str, Any]) -> None:
+    restored = understand(describe({**settings, "checkpoint": "demo", "images": []}, 7))
+    assert restored.family == family
+    assert (restored.unknown, restored.refused) == ((), ())
+    assert restored.settings["checkpoint"] == "demo"
+    assert restored.settings["seed"] == 7
+    REQUESTS[family](**restored.settings)
+
+
+def test_what_of_our_own_text_cannot_be_restored_is_named() -> None:
+    assert understand(describe(CASCADE, 7)).refused == ("Image prompts",)
+    assert understand(describe(CASCADE, 7)).settings["checkpoint"] == "stable-cascade"  # a catalogued name
+    elsewhere = understand(describe({**SETTINGS, "checkpoint": "/home/me/dream.safetensors"}, 7))
+    assert elsewhere.refused == ("Model",)
+    assert "checkpoint" not in elsewhere.settings
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("Steps", "9999"),
+        ("Steps", "many"),
+        ("CFG scale", "-1"),
+        ("Seed", "-7"),
+        ("Seed", str(2**64)),
+        ("Size", "512x99999"),
+        ("Size", "513x512"),
+        ("Size", "large"),
+        ("Sampler", "Restart"),
+        ("Clip skip", "99"),
+    ],
+)
+def test_values_that_no_request_takes_are_refused_by_name(field: str, value: str) -> None:
+    fields = {"Steps": 20, "Sampler": "Euler", "CFG scale": 7, "Seed": 1, "Size": "512x512", "Clip skip": 1}
+    restored = understand(write("a", "", {**fields, field: value}))
+    assert restored.refused == (field,)
+    SD15Request(**restored.settings)
+    assert len(restored.settings) >= 6  # all that the other fields tell
+
+
+def test_fields_that_must_fit_together() -> None:
+    text = describe({**SD3, "skip_layer_guidance_scale": 2.8, "skip_layer_guidance_start": 0.9}, 7)
+    restored = understand(text)
+    assert restored.refused == ("Skip layer start", "Skip layer stop")
+    SD3Request(**restored.settings)
+
+
+def test_a_prompt_alone_is_understood_as_one() -> None:
+    restored = understand("just a prompt")
+    assert (restored.family, restored.settings) == (
+        "sd15",
+        {"prompt": "just a prompt", "negative_prompt": ""},
+    )
+
+
+# ---- PNG files
+
+
+def png(folder: Path, text: str | None, *, compressed: bool = False, key: str = "parameters") -> Path:
+    info, file = PngInfo(), folder / "picture.png"
+    if text is not None:
+        info.add_text(key, text, zip=compressed)
+    Image.new("RGB", (8, 8)).save(file, pnginfo=info)
+    return file
+
+
+def with_chunk(file: Path, kind: bytes, data: bytes) -> Path:
+    """The file with one more chunk after its first."""
+    content = file.read_bytes()
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    file.write_bytes(content[:33] + chunk + content[33:])
+    return file
+
+
+@pytest.mark.parametrize("text", [OTHER, OTHER.replace("cat", "猫 🏠"), OTHER.replace("cat", "naïve café")])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_kind_of_text_chunk(tmp_path: Path, text: str, compressed: bool) -> None:
+    assert of_file(png(tmp_path, text, compressed=compressed)) == understand(text)
+
+
+def test_the_text_may_follow_the_pixels_and_the_end_be_missing(tmp_path: Path) -> None:
+    file = png(tmp_path, None)
+    content = file.read_bytes()
+    data = b"parameters\0" + OTHER.encode("latin-1")
+    file.write_bytes(content[:-12] + struct.pack(">I", len(data)) + b"tEXt" + data + bytes(4))
+    assert of_file(file) == understand(OTHER)
+
+
+def test_files_that_tell_nothing(tmp_path: Path) -> None:
+    refused: dict[str, Path] = {}
+    no_png = tmp_path / "notes.png"
+    no_png.write_text("Steps: 20, Sampler: Euler, Seed: 1")
+    refused["notes.png is no PNG file"] = no_png
+    (tmp_path / "photo.png").write_bytes(b"\xff\xd8\xff\xe0" + bytes(99))
+    refused["photo.png is no PNG file"] = tmp_path / "photo.png"
+    (tmp_path / "cut.png").write_bytes(png(tmp_path, OTHER).read_bytes()[:20])
+    refused["cut.png is no PNG file"] = tmp_path / "cut.png"
+    (tmp_path / "empty.png").touch()
+    refused["empty.png is no PNG file"] = tmp_path / "empty.png"
+    refused["missing.png cannot be read"] = tmp_path / "missing.png"
+    refused[f"{tmp_path.name} cannot be read"] = tmp_path
+    for words, file in refused.items():
+        with pytest.raises(InvalidRequest, match=words) as caught:
+            of_file(file)
+        assert str(tmp_path.parent) not in str(caught.value)  # where uploads lie is nobody's business
+
+
+@pytest.mark.parametrize("key", ["workflow", "parameters2", "p"])
+def test_a_picture_without_settings(tmp_path: Path, key: str) -> None:
+    for file in (png(tmp_path, None), png(tmp_path, "  \n"), png(tmp_path, OTHER, key=key)):
+        with pytest.raises(InvalidRequest, match="picture.png has no settings in it"):
+            of_file(file)
+
+
+def test_bombs_are_refused_unexploded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = zlib.compress(bytes(50_000_000))
+    too_long = "the settings in picture.png are too long"
+    packed = {b"zTXt": b"parameters\0\0" + bomb, b"iTXt": b"parameters\0\1\0\0\0" + bomb}
+    plain = {b"tEXt": b"parameters\0" + bytes(1 << 20), b"iTXt": b"parameters\0\0\0\0\0" + bytes(1 << 20)}
+    for kind, data in (*packed.items(), *plain.items()):
+        with pytest.raises(InvalidRequest, match=too_long):
+            of_file(with_chunk(png(tmp_path, None), kind, data))
+    file = png(tmp_path, OTHER)
+    content = bytearray(file.read_bytes())
+    content[16:24] = struct.pack(">II", 100_000, 100_000)
+    file.write_bytes(content)
+    monkeypatch.setattr("PIL.Image.open", None)  # no pixel is decoded
+    with pytest.raises(InvalidRequest, match="100000 × 100000 pixels; it can have up to 64 million"):
+        of_file(file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [(b"zTXt", b"parameters\0\0no zlib"), (b"iTXt", b"parameters\0\0"), (b"iTXt", b"parameters\0")],
+)
+def test_damaged_chunks(tmp_path: Path, kind: bytes, data: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="the settings in picture.png are damaged"):
+        of_file(with_chunk(png(tmp_path, None), kind, data))
+
+
+def test_chunks_without_end(tmp_path: Path) -> None:
+    file = png(tmp_path, None)
+    file.write_bytes(file.read_bytes()[:33] + struct.pack(">I4sI", 0, b"junk", 0) * 200_000)
+    with pytest.raises(InvalidRequest, match="has no settings in it"):
+        of_file(file)
