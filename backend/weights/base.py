@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backend.catalog import FAMILIES
 from backend.errors import CheckpointError
@@ -27,6 +27,13 @@ PREFERENCE = {
     "bfloat16": ("bfloat16", "float32", "float16"),
     "float16": ("float16", "bfloat16", "float32"),
 }
+
+
+class Amount(NamedTuple):
+    """Of files, in bytes: what is on this machine, and all of it; 0 where that is not known."""
+
+    here: int
+    total: int
 
 
 class Source(ABC):
@@ -78,6 +85,10 @@ class Source(ABC):
             return all(path.is_file() for component in components for path in self.files(component, dtype))
         except CheckpointError:
             return False
+
+    def amount(self, components: Iterable[str], dtype: str) -> Amount:
+        """How much there is of the files that `fetch` is to bring; asks no hub."""
+        return Amount(0, 0)  # local files are not brought
 
     def parameter_bytes(self, component: str, dtype: str) -> int:
         """The size of the component's weights when they run at `dtype`; loads and downloads nothing."""

@@ -181,6 +181,15 @@ def shard_names(index: Path) -> list[str]:
     return names
 
 
+def shards_of(index: str) -> re.Pattern[str]:
+    """What the files that a shard index of this name lists are usually called."""
+    match = WEIGHT_FILE.fullmatch(index)
+    assert match is not None, f"{index} is no shard index"
+    variant = match["variant"] or match["variant_behind"]
+    mark = rf"(?:\.{variant})?" if variant else ""
+    return re.compile(rf"{index.partition('.')[0]}{mark}-\d+-of-\d+\.{match['kind']}")
+
+
 def _no_layout(name: str, root: Path, family: str) -> str:
     for index in sorted(root.glob(f"*/{INDEX}")):
         kinds.refuse_others(name, kinds.by_index(read_json(index)), family)

@@ -6,14 +6,15 @@ The cache is the hub library's own, so other programs find what is downloaded he
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from backend.errors import AccessError, CheckpointError, InvalidRequest
@@ -26,6 +27,15 @@ INTERVAL = 0.2  # seconds between two reports of progress
 ATTEMPTS = 5  # in a row without a byte
 TOKEN = "a token in the environment variable HF_TOKEN, or by `hf auth login`"
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+LISTED = "triptych-files.json"  # beside a repository's files in the cache: what it held when last asked
+CHUNK = 2**20  # bytes read at a time for a checksum
+
+
+class Listed(NamedTuple):
+    """A file as a repository lists it: its size in bytes, and the name of its content in the cache."""
+
+    size: int
+    etag: str
 
 
 @dataclass(frozen=True)
@@ -49,15 +59,58 @@ class Repository:
         folder = root / "snapshots" / commit
         return folder if folder.is_dir() else None
 
-    def listing(self) -> dict[str, int]:
-        """The size in bytes of every file in the repository. Raises AccessError."""
+    def listing(self) -> dict[str, Listed]:
+        """Every file in the repository. Raises AccessError."""
         from huggingface_hub import HfApi
 
         with self._explained():
             info = HfApi(endpoint=_endpoint()).model_info(
                 self.name, revision=self.revision, files_metadata=True, timeout=_timeout()
             )
-        return {file.rfilename: file.size or 0 for file in info.siblings or []}
+        return {
+            file.rfilename: Listed(file.size or 0, (file.lfs.sha256 if file.lfs else file.blob_id) or "")
+            for file in info.siblings or []
+        }
+
+    def remember(self, listing: Mapping[str, Listed]) -> None:
+        """Keep the listing, so that it can be told later, without the hub, how much is downloaded."""
+        path = self._root() / LISTED
+        text = json.dumps({"revision": self.revision, "files": listing})
+        with suppress(OSError):  # nothing depends on it but what is told
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+            path.with_suffix(".tmp").replace(path)
+
+    def known(self) -> dict[str, Listed]:
+        """The files as they were listed last, {} before that; asks no hub."""
+        try:
+            kept = json.loads((self._root() / LISTED).read_text(encoding="utf-8"))
+            files = kept["files"].items() if kept["revision"] == self.revision else ()
+            return {str(name): Listed(int(size), str(etag)) for name, (size, etag) in files}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
+
+    def here(self, file: str, listed: Listed) -> int:
+        """How many bytes of a file are downloaded."""
+        folder, blob = self.cached(), self._root() / "blobs" / listed.etag
+        if (folder is not None and (folder / file).is_file()) or (listed.etag and blob.is_file()):
+            return listed.size
+        part = _part_of(blob)
+        return min(part.stat().st_size, listed.size) if listed.etag and part.is_file() else 0
+
+    def begun(self) -> bool:
+        """Whether a file is half downloaded."""
+        return any((self._root() / "blobs").glob("*.part"))
+
+    def remove(self) -> int:
+        """Delete what is downloaded of it, every revision → the bytes that were freed. Raises OSError."""
+        root = self._root()
+        files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+        size = sum(path.stat().st_size for path in files)
+        if root.is_dir():
+            shutil.rmtree(root)
+        shutil.rmtree(root.parent / ".locks" / root.name, ignore_errors=True)
+        return size
 
     def download(self, file: str, size: int) -> Iterator[int]:
         """Download one file into the cache, yielding the bytes that are there; resumes what was broken off.
@@ -69,7 +122,7 @@ class Repository:
         with self._explained(file):
             if size > SMALL:
                 yield from self._resume(file)
-            hf_hub_download(
+            path = hf_hub_download(
                 self.name,
                 file,
                 revision=self.revision,
@@ -77,6 +130,8 @@ class Repository:
                 endpoint=_endpoint(),
                 tqdm_class=_without_bar(),
             )
+            if size <= SMALL:
+                _check_small(Path(path), file)
         yield size
 
     def _resume(self, file: str) -> Iterator[int]:
@@ -91,14 +146,14 @@ class Repository:
             return  # a mirror that does not say enough: the library tries in its own way
         url = hf_hub_url(self.name, file, revision=meta.commit_hash, endpoint=_endpoint())
         blob = self._root() / "blobs" / meta.etag
-        part = blob.with_name(blob.name + ".part")
+        part = _part_of(blob)
         part.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(part.with_name(part.name + ".lock")):
             failures = 0
             while not blob.exists():
                 have = part.stat().st_size if part.exists() else 0
                 if have >= meta.size:
-                    _accept(part, blob, meta.etag, meta.size, file)
+                    yield from _accept(part, blob, meta.size, file)
                     break
                 free = shutil.disk_usage(part.parent).free
                 if free < meta.size - have:
@@ -115,17 +170,15 @@ class Repository:
                     time.sleep(0.2 * 2**failures)
 
     def _root(self) -> Path:
-        from huggingface_hub import constants
-
-        return Path(self.cache or constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}"
+        return cache_folder(self.cache) / f"models--{self.name.replace('/', '--')}"
 
     @contextmanager
     def _explained(self, file: str | None = None) -> Generator[None]:
         """Say in our own words what a hub's refusal means and what helps."""
         import httpx2
-        from huggingface_hub import constants, errors
+        from huggingface_hub import errors
 
-        if self.offline or constants.HF_HUB_OFFLINE:
+        if is_offline(self.offline):
             what = f"{self.name}: {file}" if file else self.name
             raise AccessError(f"{what} is not downloaded, and downloads are off (--offline)")
         try:
@@ -239,16 +292,77 @@ def _continue(url: str, part: Path, have: int) -> Iterator[int]:
                     yield have
 
 
-def _accept(part: Path, blob: Path, etag: str, size: int, file: str) -> None:
-    """Let a finished download into the cache; large files are named there by their SHA-256."""
-    whole = part.stat().st_size == size
-    if whole and re.fullmatch(r"[0-9a-f]{64}", etag):
+def _accept(part: Path, blob: Path, size: int, file: str) -> Iterator[int]:
+    """Let a finished download into the cache if it is whole, yielding its size while that is looked at."""
+    if part.stat().st_size == size:
+        told = time.monotonic()
+        sums = _checksums(blob.name, size)
         with part.open("rb") as content:
-            whole = hashlib.file_digest(content, "sha256").hexdigest() == etag
-    if not whole:
-        part.unlink()
-        raise CheckpointError(f"{file} arrived damaged and was removed; try again")
-    part.replace(blob)
+            while sums and (chunk := content.read(CHUNK)):
+                for each in sums:
+                    each.update(chunk)
+                if time.monotonic() - told >= INTERVAL:
+                    told = time.monotonic()
+                    yield size
+        if not sums or blob.name in [each.hexdigest() for each in sums]:
+            part.replace(blob)
+            return
+    part.unlink()
+    raise _damaged(file)
+
+
+def _check_small(path: Path, file: str) -> None:
+    """Raises CheckpointError for a file in the cache that is not what its name there says."""
+    if not path.is_symlink():  # a system without links keeps the content here, and its name nowhere
+        return
+    blob = path.parent / path.readlink()  # one step: the content itself may be shared under another name
+    content = blob.read_bytes()
+    sums = _checksums(blob.name, len(content))
+    for each in sums:
+        each.update(content)
+    if sums and blob.name not in [each.hexdigest() for each in sums]:
+        path.unlink()
+        blob.unlink()
+        raise _damaged(file)
+
+
+def _checksums(etag: str, size: int) -> list[Any]:
+    """What may have named a content so: SHA-256 large files, git small ones, a plain SHA-1 some mirrors."""
+    kind = len(etag) if re.fullmatch(r"[0-9a-f]+", etag) else 0
+    if kind == 64:
+        return [hashlib.sha256()]
+    sha1 = [hashlib.sha1(start, usedforsecurity=False) for start in (b"blob %d\0" % size, b"")]
+    return sha1 if kind == 40 else []
+
+
+def _damaged(file: str) -> CheckpointError:
+    return CheckpointError(f"{file} arrived damaged and was removed; try again")
+
+
+def _part_of(blob: Path) -> Path:
+    """Where a content is kept until it is whole."""
+    return blob.with_name(blob.name + ".part")
+
+
+def cache_folder(models_dir: Path | None) -> Path:
+    """The hub cache: `models_dir`, or else its usual place."""
+    from huggingface_hub import constants
+
+    return Path(models_dir or constants.HF_HUB_CACHE)
+
+
+def is_offline(wished: bool) -> bool:
+    """Whether downloads are off, by a wish or by the hub library's own switch."""
+    from huggingface_hub import constants
+
+    return wished or bool(constants.HF_HUB_OFFLINE)
+
+
+def has_token() -> bool:
+    """Whether there is a token to show to the hub."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
 
 
 def _endpoint() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backend import catalog
 from backend.errors import CheckpointError
 from backend.events import Loading
-from backend.weights.base import Source, alternatives, companion_of, keys_of
+from backend.weights.base import Amount, Source, alternatives, companion_of, keys_of
 from backend.weights.files import Shapes
 from backend.weights.folder import read_extras
 from backend.weights.remote import HubSource
@@ -67,6 +67,11 @@ class JoinedSource(Source):
 
     def files(self, component: str, dtype: str) -> list[Path]:
         return self._source(component).files(component, dtype)
+
+    def amount(self, components: Iterable[str], dtype: str) -> Amount:
+        parts = [source.amount(share, dtype) for source, share in self._shares(list(components)).items()]
+        here, total = (sum(each) for each in zip(*parts, strict=True)) if parts else (0, 0)
+        return Amount(here, total if all(part.total for part in parts) else 0)
 
     def parameter_bytes(self, component: str, dtype: str) -> int:
         return self._source(component).parameter_bytes(component, dtype)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from backend import catalog
 from backend.errors import CheckpointError
 from backend.events import Loading
-from backend.weights.base import DTYPE_BYTES, Source, companion_of, keys_of
+from backend.weights.base import DTYPE_BYTES, Amount, Source, companion_of, keys_of
 from backend.weights.files import WEIGHTS, Shapes
-from backend.weights.folder import INDEX, FolderSource, choose_weights, hint, shard_names
-from backend.weights.hub import Repository
+from backend.weights.folder import INDEX, FolderSource, choose_weights, hint, shard_names, shards_of
+from backend.weights.hub import Listed, Repository
 from backend.weights.single import FileSource
 
 if TYPE_CHECKING:
@@ -75,17 +75,8 @@ class HubSource(Source):
             raise CheckpointError(
                 f"{self.name} is no repository in hub layout{hint(files, self.repository.page)}"
             )
-        # the configs of all networks show which there are; the index comes last, since it stands for them
-        folders = {
-            layout[name]
-            for layout in self._keys.FOLDERS.values()
-            for name in self._keys.COMPONENTS
-            if name in layout
-        }
-        configs = [f"{folder}/config.json" for folder in sorted(folders)]
-        yield from self._download(
-            "checkpoint", [*(name for name in configs if name in listing), INDEX], listing
-        )
+        yield from self._download("checkpoint", self._indexes(listing), listing)
+        self.repository.remember(listing)
         self._here()  # refuses a checkpoint of another family before its weights are downloaded
         required = self._keys.REQUIRED
         optional = [name for name in self._keys.COMPONENTS if name not in required and not self.has(name)]
@@ -95,30 +86,81 @@ class HubSource(Source):
 
     def _missing(self, components: list[str], dtype: str, weights: bool) -> list[str]:
         """What is not here of these components, what prepares their input, and the schedulers."""
+        wanted = self._with_companions(components)
+        return [name for name in wanted if not self._has(name, dtype, weights)]
+
+    def _with_companions(self, components: Iterable[str]) -> list[str]:
+        components = list(components)
         schedulers = [name for name in self._folders() if name.endswith("scheduler")]
         wanted = dict.fromkeys([*components, *map(companion_of, components), *schedulers])
-        return [name for name in wanted if name and not self._has(name, dtype, weights)]
+        return [name for name in wanted if name]
 
     def _fetch(
-        self, component: str, dtype: str, listing: Mapping[str, int], weights: bool
+        self, component: str, dtype: str, listing: Mapping[str, Listed], weights: bool
     ) -> Iterator[Loading]:
-        folder = self._folders().get(component)
-        if folder is None:
+        if component not in self._folders():
             raise CheckpointError(f"{self.name} has no {component}")
-        names = [path.name for path in map(Path, listing) if path.parent == Path(folder)]
-        settings = [name for name in names if name.endswith((".json", ".txt", ".model"))]
-        yield from self._download(component, [f"{folder}/{name}" for name in settings], listing)
+        yield from self._download(component, self._settings(component, listing), listing)
         if component in self._keys.COMPONENTS and weights:
             self.config(component)  # refuses an inpainting UNet, too, before its weights are downloaded
-            chosen = choose_weights(names, dtype)
-            if chosen is None:
+            chosen = self._weights(component, dtype, listing)
+            if not chosen:
                 raise CheckpointError(
                     f"{self.name} has no weights for {component} that can be read (.safetensors)"
                 )
-            shards = [chosen]
-            if chosen.endswith(".json"):
-                shards = shard_names(self._cached(f"{folder}/{chosen}"))
-            yield from self._download(component, [f"{folder}/{name}" for name in shards], listing)
+            yield from self._download(component, chosen, listing)
+
+    def _indexes(self, listing: Iterable[str]) -> list[str]:
+        """The configs of all networks, which show which there are; last the index: it stands for them."""
+        folders = {
+            layout[name]
+            for layout in self._keys.FOLDERS.values()
+            for name in self._keys.COMPONENTS
+            if name in layout
+        }
+        configs = {f"{folder}/config.json" for folder in folders}
+        return [*sorted(configs.intersection(listing)), INDEX]
+
+    def _settings(self, component: str, listing: Iterable[str]) -> list[str]:
+        names = self._within(component, listing)
+        return [name for name in names if name.endswith((".json", ".txt", ".model"))]
+
+    def _weights(self, component: str, dtype: str, listing: Iterable[str]) -> list[str]:
+        """The files with the component's weights that suit a run in `dtype` best; [] if there are none."""
+        names = {Path(name).name: name for name in self._within(component, listing)}
+        chosen = choose_weights(names, dtype)
+        if chosen is None or not chosen.endswith(".json"):
+            return [names[chosen]] if chosen else []
+        root = self.repository.cached()
+        if root is not None and (root / names[chosen]).is_file():
+            folder = names[chosen].removesuffix(chosen)
+            return [folder + name for name in shard_names(root / names[chosen])]
+        shards = shards_of(chosen)  # by their names, until the index is there
+        return [path for name, path in names.items() if shards.fullmatch(name)]
+
+    def _within(self, component: str, listing: Iterable[str]) -> list[str]:
+        """The files in the component's folder."""
+        folder = Path(self._folders()[component])
+        return [name for name in listing if Path(name).parent == folder]
+
+    def amount(self, components: Iterable[str], dtype: str) -> Amount:
+        listing, folders = self.repository.known(), self._folders()
+        if self.file is not None or INDEX not in listing:
+            return Amount(0, 0)
+        files = dict.fromkeys(self._indexes(listing))
+        for component in [name for name in self._with_companions(components) if name in folders]:
+            if self.present([component], dtype):
+                root = self.repository.cached()
+                assert root is not None
+                paths = self.files(component, dtype)
+                files |= dict.fromkeys(path.relative_to(root).as_posix() for path in paths)
+            else:
+                files |= dict.fromkeys(self._settings(component, listing))
+                if component in self._keys.COMPONENTS:
+                    files |= dict.fromkeys(self._weights(component, dtype, listing))
+        listed = {file: listing[file] for file in files if file in listing}
+        here = sum(self.repository.here(file, each) for file, each in listed.items())
+        return Amount(here, sum(each.size for each in listed.values()))
 
     def has(self, component: str) -> bool:
         if self.file is not None:
@@ -190,25 +232,20 @@ class HubSource(Source):
             raise CheckpointError(f"{self.name} is not downloaded yet")
         return self.local
 
-    def _cached(self, file: str) -> Path:
-        root = self.repository.cached()
-        assert root is not None
-        return root / file
-
     def _has(self, component: str, dtype: str, weights: bool) -> bool:
         if isinstance(self.local, FolderSource) and not weights and not component.startswith("tokenizer"):
             return component in self._folders() and self.local.config_file(component).is_file()
         return self.present([component], dtype)
 
-    def _download(self, component: str, files: list[str], listing: Mapping[str, int]) -> Iterator[Loading]:
+    def _download(self, component: str, files: list[str], listing: Mapping[str, Listed]) -> Iterator[Loading]:
         for file in files:
             if file not in listing:
                 raise CheckpointError(f"{self.name} has no file {file}; see {self.repository.page}")
-        total = sum(listing[file] for file in files)
+        total = sum(listing[file].size for file in files)
         before = 0
         for file in files:
-            for done in self.repository.download(file, listing[file]):
+            for done in self.repository.download(file, listing[file].size):
                 yield Loading(
                     component=component, action="download", done_bytes=before + done, total_bytes=total
                 )
-            before += listing[file]
+            before += listing[file].size

@@ -95,7 +95,7 @@ def _find(text: str, family: str, settings: Settings, complement: Source | None)
         standard = _standard(family, settings)
         rest = complement or (standard if _in_parts(family) else None)
         return _Found(name, [HubSource(name, family, repository, file, rest, standard)], single=True)
-    path = _on_disk(text, settings.models_dir)
+    path = on_disk(text, settings.models_dir)
     if path is None and REPOSITORY.fullmatch(text) and not text.endswith(WEIGHTS):
         return _Found(text, [HubSource(text, family, _repository(text, settings))], remote=True)
     if path is None:
@@ -168,7 +168,7 @@ def _standard(family: str, settings: Settings) -> Source:
     return _Found(catalog.published(family).name, [*_published(family, settings)]).joined(family)
 
 
-def _on_disk(text: str, models_dir: Path | None) -> Path | None:
+def on_disk(text: str, models_dir: Path | None) -> Path | None:
     try:
         places = [Path(text).expanduser(), *([models_dir / text] if models_dir else [])]
         return next((place.absolute() for place in places if place.exists()), None)

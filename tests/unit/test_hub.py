@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class Hub(ThreadingHTTPServer):
         self.message = "no"
         self.break_after: int | None = None  # bytes of a body, once
         self.corrupt = False
+        self.hold_after: int | None = None  # bytes of a body, until the gate is open
+        self.gate = threading.Event()
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
 
     @property
@@ -63,6 +66,10 @@ class Hub(ThreadingHTTPServer):
     def fetched(self, file: str) -> list[str | None]:
         """The ranges of the downloads of `file` so far."""
         return [asked for method, path, asked in self.requests if method == "GET" and path.endswith(file)]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -97,7 +104,12 @@ class Handler(BaseHTTPRequestHandler):
         if listing:
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             siblings = [
-                {"rfilename": p.relative_to(folder).as_posix(), "size": p.stat().st_size} for p in files
+                {
+                    "rfilename": path.relative_to(folder).as_posix(),
+                    "size": path.stat().st_size,
+                    "lfs": {"sha256": sha256(path), "size": path.stat().st_size, "pointerSize": 130},
+                }
+                for path in files
             ]
             content = json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode()
             return self.send(200, {"Content-Type": "application/json"}, content)
@@ -107,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         if not (folder / "/".join(file)).is_file():
             return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         content = (folder / "/".join(file)).read_bytes()
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(folder / "/".join(file))}"'}
         status = 200
         if (asked := self.headers.get("Range")) and body:
             first = int(asked.removeprefix("bytes=").rstrip("-"))
@@ -125,8 +137,13 @@ class Handler(BaseHTTPRequestHandler):
         if body and self.hub.break_after is not None and len(content) > self.hub.break_after:
             content, self.hub.break_after = content[: self.hub.break_after], None
             self.close_connection = True
+        if body and self.hub.hold_after is not None and len(content) > self.hub.hold_after:
+            self.wfile.write(content[: self.hub.hold_after])
+            content = content[self.hub.hold_after :]
+            self.hub.gate.wait(60)
         if body:
-            self.wfile.write(content)
+            with suppress(OSError):  # nobody waits for it any more
+                self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass
