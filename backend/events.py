@@ -59,6 +59,18 @@ class Notice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridProgress:
+    """Of a grid's `cells` so many are `done`, some of those `failed`; `eta_s` is the time left in all, None
+    before it can be told. `preview` is the sheet so far, at most once in a while."""
+
+    done: int
+    cells: int
+    failed: int = 0
+    eta_s: float | None = None
+    preview: Image | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What was made. `timings` are seconds per phase and `total`; `settings` are the request's values with
     every default filled in; `peak_bytes` is the measured peak of memory above the start."""
@@ -78,4 +90,4 @@ class Finished:
     result: Result
 
 
-Event = Waiting | Planned | Loading | Step | Notice | Finished
+Event = Waiting | Planned | Loading | Step | Notice | GridProgress | Finished
