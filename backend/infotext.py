@@ -36,6 +36,7 @@ SKIP_LAYERS = {  # a field of the text → of the request
     "Skip layer stop": "skip_layer_guidance_stop",
 }
 FEWEST_FIELDS = 3  # a last line with fewer belongs to the prompt
+MOST_FIELDS = 1000  # read of one; what comes from strangers may go on for long
 SOURCES = {  # a field of the request → of the text, where it is told
     "seed": "Seed",
     "width": "Size",
@@ -334,7 +335,9 @@ def _fields(line: str) -> dict[str, str]:
     """`Key: value, Key: "quoted, value", Key: [{"json": 1}]` → a dict of texts."""
     fields: dict[str, str] = {}
     position = 0
-    while position < len(line):
+    for _ in range(MOST_FIELDS):
+        if position >= len(line):
+            break
         key = KEY.match(line, position)
         if key:
             position = key.end()

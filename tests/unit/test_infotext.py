@@ -297,6 +297,12 @@ def test_what_makes_no_sense_is_left_out() -> None:
     }
 
 
+def test_a_text_of_endless_fields_is_read_to_a_point() -> None:
+    fields = parse("a\n" + ", ".join(f"Field {number}: [1" for number in range(20_000))).fields
+    assert list(fields)[:2] == ["Field 0", "Field 1"]
+    assert 900 < len(fields) <= 1000
+
+
 OTHER = (
     "a cat (fluffy:1.2)\nNegative prompt: blurry\n"
     "Steps: 30, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6, Seed: 123456, Size: 512x768, "
