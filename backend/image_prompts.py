@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_PIXELS = 64_000_000
+# Pillow knows fifty more; one of them runs another program to read a picture.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +83,12 @@ def _opened(value: Image | str | Path) -> AbstractContextManager[Image]:
     if isinstance(value, Image.Image):
         return nullcontext(value)
     if _is_data(value):
-        return Image.open(io.BytesIO(base64.b64decode(str(value).partition(",")[2])))
+        return Image.open(io.BytesIO(base64.b64decode(str(value).partition(",")[2])), formats=FORMATS)
     path = Path(value).expanduser()
     kind = path.stat().st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
         raise UnidentifiedImageError("to read it might never end")
-    return Image.open(path)
+    return Image.open(path, formats=FORMATS)
 
 
 def _is_data(value: str | Path) -> bool:

@@ -140,6 +140,13 @@ def test_every_usual_format(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")  # of files left open
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "SGI"])
+def test_no_unusual_format(kind: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture", kind)
+    with pytest.raises(InvalidRequest, match="PNG, JPEG and WebP can"):
+        ImagePrompt.read("images", tmp_path / "picture")
+
+
 def test_moving_pictures_give_their_first(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
