@@ -1,4 +1,13 @@
 () => {
+  // The direction of the language that Gradio shows, and the language for what the server writes.
+  const speak = () => {
+    const root = document.documentElement, language = (root.lang || navigator.language).slice(0, 2).toLowerCase();
+    root.dir = language === 'ar' ? 'rtl' : 'ltr';
+    document.cookie = `triptych-language=${language}; path=/; max-age=31536000; SameSite=Lax`;
+  };
+  speak();
+  new MutationObserver(speak).observe(document.documentElement, {attributes: true, attributeFilter: ['lang']});
+
   const shown = (name) => [...document.querySelectorAll(name)].find((each) => each.offsetParent);
   const tilesOf = (tile) => [...tile.closest('.canvas').querySelectorAll('.tile')];
 
@@ -39,11 +48,14 @@
     }
   });
 
-  // Pictures dropped beside those that are there join them; Gradio takes them on its small button alone.
+  // Pictures dropped beside those that are there join them; Gradio takes them on its small button alone. A PNG
+  // dropped anywhere else has its settings restored, which the History tab does.
   for (const kind of ['dragover', 'drop']) {
     document.addEventListener(kind, (event) => {
-      const input = event.target.closest?.('.image-prompts')?.querySelector('input[type=file]');
-      if (!input || event.defaultPrevented) return;
+      const files = [...(event.dataTransfer?.types ?? [])].includes('Files');
+      const place = event.target.closest?.('.image-prompts') ?? document.getElementById('restore-png');
+      const input = place?.querySelector('input[type=file]');
+      if (!files || !input || event.defaultPrevented) return;
       event.preventDefault();
       if (kind === 'drop' && event.dataTransfer.files.length) {
         input.files = event.dataTransfer.files;
@@ -56,7 +68,7 @@
   document.addEventListener('keydown', (event) => {
     const tile = event.target.closest?.('.canvas .tile');
     const inList = event.target.getAttribute?.('aria-expanded') === 'true';
-    if (tile && onTile(tile, event)) return;
+    if (tile && onTile(tile, event) || document.querySelector('dialog[open]')) return;
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       shown('button.generate')?.click();

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from backend import catalog, infotext
+from backend import catalog, infotext, public
 from backend.errors import Cancelled, InvalidRequest, OutOfMemory, StorageError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
 from backend.gallery import Gallery
@@ -38,6 +38,7 @@ from backend.memory.plan import (
 from backend.phases import NotFinite, Phase, PhaseCache, Pipeline, Progress
 from backend.requests import MAX_SEED, REQUESTS, Request, SD3Request
 from backend.settings import Settings
+from backend.weights import local
 from backend.weights.source import Source, resolve
 
 if TYPE_CHECKING:
@@ -123,8 +124,11 @@ class Studio:
                 return event.result
         raise AssertionError("generate ends with Finished or an error")
 
-    def generate(self, request: Request, stop: threading.Event | None = None) -> Iterator[Event]:
-        """Yield events until Finished. `stop`, once set, ends the work within a step.
+    def generate(
+        self, request: Request, stop: threading.Event | None = None, owner: str = ""
+    ) -> Iterator[Event]:
+        """Yield events until Finished. `stop`, once set, ends the work within a step; `owner` is whose the
+        pictures are, for the index.
 
         Raises InvalidRequest, CheckpointError, AccessError, StorageError, OutOfMemory or Cancelled; whatever
         it raises, the device is free for the next request. Until it ends or is closed it holds the device.
@@ -134,7 +138,7 @@ class Studio:
             yield Waiting()
             _check(stop)
         try:
-            yield from self._generate(request, stop)
+            yield from self._generate(request, stop, owner)
         except (MemoryError, RuntimeError, OSError) as error:
             if not _is_shortage(error):
                 raise
@@ -147,6 +151,7 @@ class Studio:
 
     def plan(self, request: Request, hardware: Hardware | None = None) -> Plan:
         """How the request would run, on this machine or on `hardware`; loads and downloads nothing."""
+        self._admit(request)
         return self._planned(request, _seeds(request), hardware or self._machine())[0]
 
     def hardware(self) -> Hardware:
@@ -207,6 +212,12 @@ class Studio:
         _, pipeline = self._planned(request, _seeds(request), self._machine())
         yield from self._fetch(request, pipeline)
 
+    def needs(self, request: Request) -> dict[str, list[str]]:
+        """The components that the request runs with when all memory is free, by the dtype that suits them."""
+        here = self._machine()
+        idle = replace(here, free_bytes=here.total_bytes, ram_free_bytes=here.ram_bytes)
+        return _by_dtype(self._planned(request, _seeds(request), idle)[1])
+
     def unload(self) -> None:
         """Free every component and kept result; waits for the request that is running."""
         with self._device_lock:
@@ -214,9 +225,10 @@ class Studio:
             self._lessons.clear()
             self._manager.free()
 
-    def _generate(self, request: Request, stop: threading.Event) -> Iterator[Event]:
+    def _generate(self, request: Request, stop: threading.Event, owner: str) -> Iterator[Event]:
         begin = time.perf_counter()
         _check(stop)
+        self._admit(request)
         here = self._machine()
         self._check_attention(here)
         seeds = _seeds(request)
@@ -255,7 +267,7 @@ class Studio:
         timings = {**run.timings, "total": time.perf_counter() - begin}
         rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
         facts = {"family": request.family, "timings": rounded}
-        files = self._save(pictures, pipeline, seeds, facts, run.notices)
+        files = self._save(pictures, pipeline, seeds, facts, run.notices, owner)
         yield Finished(
             result=Result(
                 images=pictures,
@@ -390,20 +402,24 @@ class Studio:
 
     def _source(self, checkpoint: str, family: str, config_from: str | None = None) -> Source:
         """Where the checkpoint comes from. In public mode nobody names paths or repositories of their own."""
-        if self.settings.public and (checkpoint not in self.catalogue(family) or config_from):
-            value = f"config_from is {config_from!r}" if config_from else f"checkpoint is {checkpoint!r}"
+        if self.settings.public and checkpoint not in self.catalogue(family):
             names = ", ".join(self.catalogue(family))
-            raise InvalidRequest(
-                f"{value}; on this public server checkpoint can be {names}, and no config_from"
-            )
+            raise InvalidRequest(f"checkpoint is {checkpoint!r}; on this public server it can be {names}")
         return resolve(checkpoint, family, self.settings, config_from)
 
+    def _admit(self, request: Request) -> None:
+        """Raise InvalidRequest for what a public server does not do for strangers."""
+        if self.settings.public:
+            public.check(request)
+
     def _fetch(self, request: Request, pipeline: Pipeline) -> Iterator[Loading]:
-        """Download what the pipeline lacks here; nothing for a local checkpoint."""
+        """Download what the pipeline lacks here; nothing for a local checkpoint, or on a public server."""
         source = self._source(request.checkpoint, request.family, request.config_from)
-        for dtype in dict.fromkeys(component.dtype for component in pipeline.components.values()):
-            names = [name for name, part in pipeline.components.items() if part.dtype == dtype]
-            yield from source.fetch(names, dtype)
+        for dtype, names in _by_dtype(pipeline).items():
+            if self.settings.public:
+                local.refuse_absent(self.settings, source, names, dtype)
+            else:
+                yield from source.fetch(names, dtype)
 
     def _planned(
         self,
@@ -530,6 +546,7 @@ class Studio:
         seeds: tuple[int, ...],
         facts: dict[str, Any],
         notices: list[str],
+        owner: str,
     ) -> list[Path]:
         """Write every picture; where the home fails (a full disk), to a temporary folder rather than nowhere.
 
@@ -540,16 +557,24 @@ class Studio:
             text = infotext.describe(pipeline.settings, seed)
             record = {**pipeline.settings, "seed": seed, **facts}
             try:
-                files.append(gallery.save(picture, text, record))
+                files.append(gallery.save(picture, text, record, owner=owner))
             except StorageError as error:
                 spare = Gallery(Path(tempfile.mkdtemp(prefix="triptych-")))
                 notices.append(f"{error}. Until then pictures go to {spare.outputs}.")
                 gallery = spare
                 try:
-                    files.append(gallery.save(picture, text, record))
+                    files.append(gallery.save(picture, text, record, owner=owner))
                 except StorageError:
                     raise StorageError(str(error), tuple(pictures)) from error
         return files
+
+
+def _by_dtype(pipeline: Pipeline) -> dict[str, list[str]]:
+    """The names of the components, by the dtype in which they are best kept."""
+    names: dict[str, list[str]] = {}
+    for name, part in pipeline.components.items():
+        names.setdefault(part.dtype, []).append(name)
+    return names
 
 
 def _room(family: str, module: str) -> ModuleType:

@@ -101,7 +101,7 @@ def _forwards(request: Request) -> list[tuple[float, float]]:
     raise AssertionError(f"no cost is known of {type(request).__name__}")
 
 
-Paint = Callable[[Request, threading.Event], Iterator[Event]]
+Paint = Callable[[Request, threading.Event, str], Iterator[Event]]  # the last: whose the pictures are
 
 
 def painting(studio: Studio, environ: Mapping[str, str]) -> Paint:
@@ -113,25 +113,25 @@ def painting(studio: Studio, environ: Mapping[str, str]) -> Paint:
         return studio.generate
     spaces: Any = importlib.import_module("spaces")
 
-    @spaces.GPU(duration=lambda request, flag: duration(request))
-    def on_gpu(request: Request, flag: str) -> Generator[Event | _Failed, None, None]:
+    @spaces.GPU(duration=lambda request, flag, owner: duration(request))
+    def on_gpu(request: Request, flag: str, owner: str) -> Generator[Event | _Failed, None, None]:
         stop = threading.Event()
         try:
             with _watching(Path(flag).exists, stop.set):
-                yield from studio.generate(request, stop)
+                yield from studio.generate(request, stop, owner)
         except TriptychError as error:
             yield _Failed(error)
         except Exception as error:
             log.exception("unexpected error in the process of the GPU")
             yield _Failed(RuntimeError(f"in the process of the GPU: {type(error).__name__}: {error}"))
 
-    def paint(request: Request, stop: threading.Event) -> Iterator[Event]:
+    def paint(request: Request, stop: threading.Event, owner: str = "") -> Iterator[Event]:
         yield Waiting()
         yield from studio.fetch(request)  # here: a GPU is lent for seconds, and downloads take minutes
         with tempfile.TemporaryDirectory(prefix="triptych-stop-") as folder:
             flag = Path(folder) / "stop"
             try:
-                with _watching(stop.is_set, flag.touch), closing(on_gpu(request, str(flag))) as events:
+                with _watching(stop.is_set, flag.touch), closing(on_gpu(request, str(flag), owner)) as events:
                     try:
                         for event in events:
                             if isinstance(event, _Failed):

@@ -12,18 +12,19 @@ from typing import Any
 
 import gradio as gr
 
+from backend import public
 from backend.requests import LEAST_TOKENS, MOST_IMAGES, MOST_TOKENS, SD3Request, SD15Request
 from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
 from ui import prices
-from ui.words import STAGE_TITLES
+from ui.i18n import ENGLISH, Tongue, label
 
 SHAPES = {"1:1": 1.0, "3:2": 3 / 2, "2:3": 2 / 3, "16:9": 16 / 9, "9:16": 9 / 16}
 CUSTOM = "custom"
-STAGES = (("prior_", "stage_c", "composition"), ("decoder_", "stage_b", "detail"))
 SAMPLERS: dict[str, dict[str, SamplerInfo]] = {
     SD15Request.family: SAMPLER_INFO,
     SD3Request.family: FLOW_SAMPLER_INFO,
 }
+MOST_KEPT = 20_000  # characters of a text that a browser kept
 LEAST_SIDE, MOST_SIDE = 64, 2048  # of a picture, as a request takes it
 SIZES = [("automatic", "auto"), ("full", "full"), ("lite", "lite")]
 PREFERENCES = [("balanced", "auto"), ("quality", "quality"), ("speed", "speed")]
@@ -57,6 +58,33 @@ class Controls:
             SHOWN.get(field, same)(settings[field]) if field in settings else gr.skip()
             for field in self.by_field
         ]
+
+    def sound(self, kept: Any) -> dict[str, Any]:
+        """Of what a browser kept, the values that their components can show: it may be of another version, or
+        of another hand."""
+        given = kept if isinstance(kept, dict) else {}
+        return {
+            name: given[name]
+            for name, each in self.by_field.items()
+            if name in given and _fits(each, given[name])
+        }
+
+
+def _fits(component: gr.components.Component, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match component:
+        case gr.Slider():
+            return number and component.minimum <= value <= component.maximum
+        case gr.Number():
+            return number and LEAST_SIDE <= value <= MOST_SIDE
+        case gr.Dropdown(allow_custom_value=True) | gr.Textbox():
+            return isinstance(value, str) and len(value) <= MOST_KEPT
+        case gr.Dropdown() | gr.Radio():
+            return value in [choice for _, choice in component.choices]
+        case gr.Checkbox():
+            return isinstance(value, bool)
+        case _:
+            return False
 
 
 def asked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +134,17 @@ ASKED: dict[str, Callable[[Any], Any]] = {"seed": _seed, "images": _dropped}  # 
 SHOWN: dict[str, Callable[[Any], Any]] = {"seed": str, "images": _still_there}  # and back
 
 
+def shapes(t: Tongue = ENGLISH) -> list[tuple[str, str]]:
+    return [*((shape, shape) for shape in SHAPES), (t("custom"), CUSTOM)]
+
+
+def choices(family: str, t: Tongue) -> dict[str, list[tuple[str, str]]]:
+    """The choices whose names are words, by field, in a language: Gradio translates only labels."""
+    said = {"stage_c": SIZES, "stage_b": SIZES, "prefer": PREFERENCES, "dtype": PRECISIONS}
+    said |= {"sampler": sampler_choices(family)} if family in SAMPLERS else {}
+    return {field: [(t(name), value) for name, value in rows] for field, rows in said.items()}
+
+
 def fit(shape: str, native: tuple[int, int], multiple: int) -> tuple[int, int]:
     """The width and height of a shape in the checkpoint's multiple, near its ratio and the native area.
 
@@ -137,10 +176,16 @@ def _wide(ratio: float, area: int, multiple: int) -> tuple[int, int]:
 def prompts() -> dict[str, gr.components.Component]:
     return {
         "prompt": gr.Textbox(
-            label="Prompt", lines=3, max_lines=8, placeholder="What should the picture show?"
+            label=label("Prompt"),
+            lines=3,
+            max_lines=8,
+            placeholder=label("What should the picture show?"),
         ),
         "negative_prompt": gr.Textbox(
-            label="Negative prompt", lines=1, max_lines=4, placeholder="What should it leave out?"
+            label=label("Negative prompt"),
+            lines=1,
+            max_lines=4,
+            placeholder=label("What should it leave out?"),
         ),
     }
 
@@ -148,73 +193,94 @@ def prompts() -> dict[str, gr.components.Component]:
 def size_and_shape(
     defaults: Mapping[str, Any], multiple: int
 ) -> tuple[gr.Radio, dict[str, gr.components.Component]]:
-    shape = gr.Radio(
-        [*SHAPES, CUSTOM], value="1:1", label="Shape", elem_classes="segmented", interactive=True
-    )
+    shape = gr.Radio(shapes(), value="1:1", label=label("Shape"), elem_classes="segmented", interactive=True)
     with gr.Row(elem_classes="pair"):
         numbers: dict[str, gr.components.Component] = {
-            side: gr.Number(
-                value=defaults[side], label=side.capitalize(), precision=0, step=multiple, min_width=90
-            )
-            for side in ("width", "height")
+            side: gr.Number(value=defaults[side], label=name, precision=0, step=multiple, min_width=90)
+            for side, name in (("width", label("Width")), ("height", label("Height")))
         }
     return shape, numbers
 
 
-def seed_and_count() -> tuple[gr.Button, gr.Button, dict[str, gr.components.Component]]:
+def seed_and_count(
+    *, strangers: bool = False
+) -> tuple[gr.Button, gr.Button, dict[str, gr.components.Component]]:
     with gr.Row(elem_classes="seed-row"):
         # Text, as an empty gr.Number sends 0.
-        seed = gr.Textbox(label="Seed", placeholder="random", max_lines=1, min_width=120)
-        random = gr.Button("Random", size="sm", min_width=76, scale=0, elem_classes="quiet")
-        reuse = gr.Button("Reuse last", size="sm", min_width=92, scale=0, elem_classes="quiet")
-    count = gr.Slider(1, 8, value=1, step=1, label="Number of pictures", buttons=[])
+        seed = gr.Textbox(label=label("Seed"), placeholder=label("random"), max_lines=1, min_width=120)
+        random = gr.Button(label("Random"), size="sm", min_width=76, scale=0, elem_classes="quiet")
+        reuse = gr.Button(label("Reuse last"), size="sm", min_width=92, scale=0, elem_classes="quiet")
+    most = public.MOST_IMAGES if strangers else 8
+    count = gr.Slider(1, most, value=1, step=1, label=label("Number of pictures"), buttons=[])
     return random, reuse, {"seed": seed, "num_images": count}
 
 
+# What the sliders are called, by the field.
+SAMPLING = {
+    "steps": label("Steps"),
+    "guidance_scale": label("Guidance"),
+    "prior_steps": label("Composition steps"),
+    "prior_guidance_scale": label("Composition guidance"),
+    "decoder_steps": label("Detail steps"),
+    "decoder_guidance_scale": label("Detail guidance"),
+}
+
+
 def sampling(
-    defaults: Mapping[str, Any], prefix: str = "", what: str = ""
+    defaults: Mapping[str, Any], prefix: str = "", *, strangers: bool = False
 ) -> dict[str, gr.components.Component]:
-    """Steps and guidance; `prefix` begins the names of the fields, `what` the labels."""
+    """Steps and guidance; `prefix` begins the names of the fields."""
     steps, guidance = f"{prefix}steps", f"{prefix}guidance_scale"
-    labels = [f"{what} {name}".strip().capitalize() for name in ("steps", "guidance")]
+    most = public.MOST_STEPS if strangers else 150
     return {
-        steps: gr.Slider(1, 150, value=defaults[steps], step=1, label=labels[0], buttons=[]),
-        guidance: gr.Slider(0, 30, value=defaults[guidance], step=0.1, label=labels[1], buttons=[]),
+        steps: gr.Slider(1, most, value=defaults[steps], step=1, label=SAMPLING[steps], buttons=[]),
+        guidance: gr.Slider(0, 30, value=defaults[guidance], step=0.1, label=SAMPLING[guidance], buttons=[]),
     }
 
 
-def stage_sampling(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
+def stage_sampling(
+    defaults: Mapping[str, Any], *, strangers: bool = False
+) -> dict[str, gr.components.Component]:
     """Steps and guidance of Stable Cascade's two stages, apart."""
     fields: dict[str, gr.components.Component] = {}
-    for prefix, stage, what in STAGES:
-        gr.HTML(f"<h3>{STAGE_TITLES[stage]}</h3>", elem_classes="part")
-        fields |= sampling(defaults, prefix, what)
+    for prefix, title in (
+        ("prior_", label("Stage C: composition")),
+        ("decoder_", label("Stage B: detail")),
+    ):
+        gr.Markdown("### " + title, elem_classes="part")
+        fields |= sampling(defaults, prefix, strangers=strangers)
     return fields
 
 
 def stage_sizes() -> dict[str, gr.components.Component]:
     """Which size of either stage runs."""
-    info = "Full paints better, lite takes {} of the memory. Automatic goes by the memory that is free. What"
-    info += " the checkpoint lacks is replaced, and the memory plan says so."
+    texts = {
+        "stage_c": (
+            label("Size of Stage C"),
+            label(
+                "Full paints better, lite takes a third of the memory. Automatic goes by the memory that is"
+                " free. What the checkpoint lacks is replaced, and the memory plan says so."
+            ),
+        ),
+        "stage_b": (
+            label("Size of Stage B"),
+            label(
+                "Full paints better, lite takes 45 % of the memory. Automatic goes by the memory that is"
+                " free. What the checkpoint lacks is replaced, and the memory plan says so."
+            ),
+        ),
+    }
     return {
         field: gr.Radio(
-            SIZES,
-            value="auto",
-            label=title,
-            info=info.format(share),
-            elem_classes="segmented",
-            interactive=True,
+            SIZES, value="auto", label=title, info=info, elem_classes="segmented", interactive=True
         )
-        for field, title, share in (
-            ("stage_c", "Size of Stage C", "a third"),
-            ("stage_b", "Size of Stage B", "45 %"),
-        )
+        for field, (title, info) in texts.items()
     }
 
 
 def image_prompts() -> gr.Gallery:
     return gr.Gallery(
-        label=f"Image prompts, up to {MOST_IMAGES}",
+        label=label("Image prompts, up to 4"),
         file_types=["image"],
         columns=MOST_IMAGES,
         fit_columns=False,
@@ -228,17 +294,24 @@ def image_prompts() -> gr.Gallery:
 
 
 def sampler(family: str, default: str) -> dict[str, gr.components.Component]:
-    choices = [(info.label, name) for name, info in SAMPLERS[family].items()]
     note = sampler_note(family, default)
     return {
-        "sampler": gr.Dropdown(choices, value=default, label="Sampler", info=note, filterable=False),
+        "sampler": gr.Dropdown(
+            sampler_choices(family), value=default, label=label("Sampler"), info=note, filterable=False
+        ),
     }
 
 
-def sampler_note(family: str, name: str) -> str:
+def sampler_choices(family: str) -> list[tuple[str, str]]:
+    return [(info.label, name) for name, info in SAMPLERS[family].items()]
+
+
+def sampler_note(family: str, name: str, t: Tongue = ENGLISH) -> str:
     info = SAMPLERS[family][name]
-    cost = "1 pass" if info.cost == 1 else f"{info.cost:g} passes"
-    return f"{info.note} {info.recommended_steps} steps recommended, {cost} through the network each."
+    told = "{n} steps recommended, {passes} passes through the network each."
+    if info.cost == 1:
+        told = "{n} steps recommended, 1 pass through the network each."
+    return f"{t(info.note)} {t(told, n=info.recommended_steps, passes=f'{info.cost:g}')}"
 
 
 def t5() -> dict[str, gr.components.Component]:
@@ -248,7 +321,7 @@ def t5() -> dict[str, gr.components.Component]:
             prices.CHOICES,
             value="auto",
             label="T5",
-            info=prices.ABOUT,
+            info=label(prices.ABOUT),
             elem_classes="prices",
             interactive=True,
         ),
@@ -257,8 +330,8 @@ def t5() -> dict[str, gr.components.Component]:
             MOST_TOKENS,
             value=SD3Request.max_sequence_length,
             step=1,
-            label="Prompt length for T5",
-            info="In tokens: words, or parts of them. More takes longer.",
+            label=label("Prompt length for T5"),
+            info=label("In tokens: words, or parts of them. More takes longer."),
             buttons=[],
         ),
     }
@@ -272,8 +345,10 @@ def flow(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
             20,
             value=defaults["shift"],
             step=0.1,
-            label="Shift",
-            info="Higher spends more of the steps on composition, lower on detail. Large pictures want more.",
+            label=label("Shift"),
+            info=label(
+                "Higher spends more of the steps on composition, lower on detail. Large pictures want more."
+            ),
             buttons=[],
         ),
         "skip_layer_guidance_scale": gr.Slider(
@@ -281,41 +356,46 @@ def flow(defaults: Mapping[str, Any]) -> dict[str, gr.components.Component]:
             10,
             value=SD3Request.skip_layer_guidance_scale,
             step=0.1,
-            label="Skip-layer guidance",
-            info="Made for Stable Diffusion 3.5 Medium, at about 2.8, for better hands and bodies. 0 is off.",
+            label=label("Skip-layer guidance"),
+            info=label(
+                "Made for Stable Diffusion 3.5 Medium, at about 2.8, for better hands and bodies. 0 is off."
+            ),
             buttons=[],
         ),
     }
 
 
-def checkpoint(names: Sequence[str]) -> gr.Dropdown:
+def checkpoint(names: Sequence[str], *, strangers: bool = False) -> gr.Dropdown:
+    own = label("A name from the list, a Hugging Face repository, a folder, or a .safetensors file.")
     return gr.Dropdown(
         list(names),
         value=names[0],
-        label="Checkpoint",
-        info="A name from the list, a Hugging Face repository, a folder, or a .safetensors file.",
-        allow_custom_value=True,
+        label=label("Checkpoint"),
+        info=label("What this server has.") if strangers else own,
+        allow_custom_value=not strangers,
         elem_classes="checkpoint",
     )
 
 
-def advanced() -> dict[str, gr.components.Component]:
+def advanced(*, strangers: bool = False) -> dict[str, gr.components.Component]:
     """The fields of the Advanced fold that every family has."""
     return {
         "prefer": gr.Radio(
             PREFERENCES,
             value="auto",
-            label="Memory",
-            info="Where it is short, balanced takes smaller parts (T5 with fewer bits, lite stages) before"
-            " slow steps; quality takes slow steps, never smaller parts; speed takes what stays in memory.",
+            label=label("Memory"),
+            info=label(
+                "Where it is short, balanced takes smaller parts (T5 with fewer bits, lite stages) before"
+                " slow steps; quality takes slow steps, never smaller parts; speed what stays in memory."
+            ),
             elem_classes="segmented",
             interactive=True,
         ),
         "dtype": gr.Dropdown(
             PRECISIONS,
             value="auto",
-            label="Precision",
-            info="16 bit takes half the memory of 32.",
+            label=label("Precision"),
+            info=label("16 bit takes half the memory of 32."),
             filterable=False,
         ),
         "clip_skip": gr.Slider(
@@ -323,16 +403,19 @@ def advanced() -> dict[str, gr.components.Component]:
             11,
             value=0,
             step=1,
-            label="CLIP skip",
-            info="Leave out the last layers of the text encoder.",
+            label=label("CLIP skip"),
+            info=label("Leave out the last layers of the text encoder."),
             buttons=[],
         ),
         "raw_prompt": gr.Checkbox(
-            value=False, label="Raw prompt", info="Take (brackets:1.2) literally and cut after 77 tokens."
+            value=False,
+            label=label("Raw prompt"),
+            info=label("Take (brackets:1.2) literally and cut after 77 tokens."),
         ),
         "config_from": gr.Textbox(
-            label="Configuration from",
-            placeholder="only for single files that do not tell",
-            info="A folder or repository that completes a single-file checkpoint.",
+            label=label("Configuration from"),
+            placeholder=label("only for single files that do not tell"),
+            visible=not strangers,
+            info=label("A folder or repository that completes a single-file checkpoint."),
         ),
     }

@@ -8,6 +8,7 @@ from html import escape
 
 from backend.memory.plan import Plan, PlannedComponent, PlannedPhase
 from ui import words
+from ui.i18n import ENGLISH, Tongue
 
 # One colour a component, in every tab (`.k-…` in style.css): no two that a family's pictures show are alike.
 COLOURS = {
@@ -56,48 +57,50 @@ class Scale:
         return 100 if self.cut else self.percent(self.budget)
 
 
-def picture(plan: Plan) -> str:
+def picture(plan: Plan, t: Tongue = ENGLISH) -> str:
     """The plan as a bar a phase, and in words."""
     scale = Scale.of(plan)
-    verdict, *reasons = plan.decisions or ("",)
-    bars = "".join(_phase(plan, phase, scale) for phase in plan.phases)
+    verdict, *reasons = map(t.told, plan.decisions or ("",))
+    bars = "".join(_phase(plan, phase, scale, t) for phase in plan.phases)
     told = "".join(f"<li>{escape(text)}</li>" for text in reasons)
     fits, kind = ("yes" if plan.fits else "no"), ("bars cut" if scale.cut else "bars")
     return (
-        f'<section class="plan" data-fits="{fits}"><h2>Memory plan</h2>'
+        f'<section class="plan" data-fits="{fits}"><h2>{t("Memory plan")}</h2>'
         f'<p class="verdict">{escape(verdict)}</p>'
-        f'<div class="{kind}" style="--limit:{scale.limit / 100:.4f}">{_limit(scale)}'
+        f'<div class="{kind}" style="--limit:{scale.limit / 100:.4f}">{_limit(scale, t)}'
         f'<ol class="phases">{bars}</ol></div>'
-        f'{_key(plan)}<ul class="reasons">{told}</ul></section>'
+        f'{_key(plan, t)}<ul class="reasons">{told}</ul></section>'
     )
 
 
-def no_plan(text: str) -> str:
-    return f'<section class="plan"><h2>Memory plan</h2><p class="problem">{escape(text)}</p></section>'
+def no_plan(text: str, t: Tongue = ENGLISH) -> str:
+    return f'<section class="plan"><h2>{t("Memory plan")}</h2><p class="problem">{escape(text)}</p></section>'
 
 
-def _limit(scale: Scale) -> str:
+def _limit(scale: Scale, t: Tongue) -> str:
     """The budget's label, on the side of its line where there is room."""
     side = "before" if scale.limit > 50 else "after"
-    return f'<p class="limit {side}"><span>{words.size(scale.budget)} may be used</span></p>'
+    return (
+        f'<p class="limit {side}"><span>{t("{size} may be used", size=words.size(scale.budget))}</span></p>'
+    )
 
 
-def _phase(plan: Plan, phase: PlannedPhase, scale: Scale) -> str:
+def _phase(plan: Plan, phase: PlannedPhase, scale: Scale, t: Tongue) -> str:
     excess = phase.peak_bytes - plan.budget_bytes
-    over = f" <em>{words.size(excess)} too much</em>" if excess > 0 else ""
+    over = f" <em>{t('{size} too much', size=words.size(excess))}</em>" if excess > 0 else ""
     segments = "".join(
         _segment(_colour(part), part.held_bytes, scale, used) for part, used in _held(plan, phase)
     )
     segments += _segment("work", phase.work_bytes, scale)
     if excess > 0:
         segments += f'<i class="excess" style="left:{scale.limit}%;width:{scale.percent(excess)}%"></i>'
-    name, spoken = escape(words.phase(phase.name)), escape(_spoken(plan, phase))
-    taken = words.size(phase.peak_bytes) if phase.peak_bytes else "nothing"
+    name, spoken = escape(words.phase(phase.name, t)), escape(_spoken(plan, phase, t))
+    taken = words.size(phase.peak_bytes) if phase.peak_bytes else t("nothing")
     return (
         f'<li class="phase{" over" if excess > 0 else ""}">'
         f"<h3>{name} <span>{taken}{over}</span></h3>"
         f'<div class="track" role="img" aria-label="{spoken}">{segments}</div>'
-        f'<ul class="parts">{"".join(_parts(plan, phase))}</ul></li>'
+        f'<ul class="parts">{"".join(_parts(plan, phase, t))}</ul></li>'
     )
 
 
@@ -114,55 +117,61 @@ def _segment(kind: str, count: int, scale: Scale, used: bool = True) -> str:
     return f'<i class="k-{kind}{idle}" style="width:{scale.percent(count)}%"></i>' if count else ""
 
 
-def _parts(plan: Plan, phase: PlannedPhase) -> Iterator[str]:
+def _parts(plan: Plan, phase: PlannedPhase, t: Tongue) -> Iterator[str]:
     """What the phase uses, what else is there meanwhile, and its work: as in the bar."""
     for part in phase.components:
-        how = f"{words.size(part.bytes)}, {words.precision(part.precision)}, {_placed(plan, part)}"
+        how = f"{words.size(part.bytes)}, {words.precision(part.precision, t)}, {_placed(plan, part, t)}"
         state = "" if part.held_bytes else "none"  # it has no bar
-        yield f"<li>{_swatch(_colour(part), state)}<b>{escape(words.part(part.name))}</b> {escape(how)}</li>"
+        name = escape(words.part(part.name, t))
+        yield f"<li>{_swatch(_colour(part), state)}<b>{name}</b> {escape(how)}</li>"
     for part, used in _held(plan, phase):
         if not used:
-            text = f"{words.part(part.name)} {words.size(part.held_bytes)}"
+            text = f"{words.part(part.name, t)} {words.size(part.held_bytes)}"
             yield f'<li class="unused">{_swatch(_colour(part), "idle")}{escape(text)}</li>'
     if phase.work_bytes:
-        yield f"<li>{_swatch('work')}<b>Work</b> {words.size(phase.work_bytes)}</li>"
+        yield f"<li>{_swatch('work')}<b>{t('Work')}</b> {words.size(phase.work_bytes)}</li>"
 
 
-def _placed(plan: Plan, part: PlannedComponent) -> str:
+def _placed(plan: Plan, part: PlannedComponent, t: Tongue) -> str:
     """Where a component is, in plain words."""
     mapped = plan.device == "cpu" and part.held_bytes < part.bytes
     if part.placement == "streamed" and not mapped:
-        return f"streamed: {words.share(part.held_bytes, part.bytes)} at once"
+        return t("streamed: {share} at once", share=words.share(part.held_bytes, part.bytes, t))
     if part.placement == "streamed":
-        return "read from its file, block by block"
-    placed = PLACED.get(part.placement, part.placement)
+        return t("read from its file, block by block")
+    placed = t(PLACED.get(part.placement, part.placement))
+    if mapped and part.held_bytes:
+        return t("{size} of it copied", size=words.size(part.held_bytes))
     if mapped:
-        return f"{words.size(part.held_bytes)} of it copied" if part.held_bytes else "read from its file"
+        return t("read from its file")
     elsewhere = part.device not in (plan.device, f"{plan.device}:0", "cpu")
-    return f"{placed}, on {part.device}" if elsewhere else placed
+    return t("{placed}, on {device}", placed=placed, device=part.device) if elsewhere else placed
 
 
-def _spoken(plan: Plan, phase: PlannedPhase) -> str:
+def _spoken(plan: Plan, phase: PlannedPhase, t: Tongue) -> str:
     """A bar for those who do not see it."""
     excess = phase.peak_bytes - plan.budget_bytes
     parts = [
-        f"{words.part(part.name)} {words.size(part.held_bytes)}{'' if used else ', not in use'}"
+        f"{words.part(part.name, t)} {words.size(part.held_bytes)}{'' if used else t(', not in use')}"
         for part, used in _held(plan, phase)
     ]
-    parts += [f"work {words.size(phase.work_bytes)}"] if phase.work_bytes else []
-    over = f", {words.size(excess)} too much" if excess > 0 else ""
+    parts += [f"{t('work')} {words.size(phase.work_bytes)}"] if phase.work_bytes else []
+    over = f", {t('{size} too much', size=words.size(excess))}" if excess > 0 else ""
     peak, budget = words.size(phase.peak_bytes), words.size(plan.budget_bytes)
-    return f"{words.phase(phase.name)}: {peak} of the {budget} that may be used{over}. {'; '.join(parts)}."
+    told = t("{peak} of the {budget} that may be used", peak=peak, budget=budget)
+    return f"{words.phase(phase.name, t)}: {told}{over}. {'; '.join(parts)}."
 
 
-def _key(plan: Plan) -> str:
+def _key(plan: Plan, t: Tongue) -> str:
     """What the patterns mean, of those that the picture shows."""
     held = [used for phase in plan.phases for _, used in _held(plan, phase)]
     said = []
     if not all(held):
-        said.append(f"{_swatch('work', 'idle')}hatched: stays in memory, not in use.")
+        said.append(f"{_swatch('work', 'idle')}{t('hatched: stays in memory, not in use.')}")
     if plan.device == "cpu" and not all(part.held_bytes for part in plan.components.values()):
-        said.append("Weights that are read where they lie in their files take no memory: they have no bar.")
+        said.append(
+            t("Weights that are read where they lie in their files take no memory: they have no bar.")
+        )
     return f'<p class="key">{" ".join(said)}</p>' if said else ""
 
 
@@ -182,14 +191,15 @@ def _swatch(kind: str, state: str = "") -> str:
 # ---- while it runs
 
 
-def meter(used: int, plan: Plan) -> str:
+def meter(used: int, plan: Plan, t: Tongue = ENGLISH) -> str:
     """What the run takes now of what it may use; a tick where the plan expects the peak."""
-    scale, told = Scale.of(plan), words.share(used, plan.budget_bytes)
-    spoken = f"{told}, at most {words.size(plan.peak_bytes)} planned"
+    scale, told = Scale.of(plan), words.share(used, plan.budget_bytes, t)
+    spoken = t("{share}, at most {size} planned", share=told, size=words.size(plan.peak_bytes))
     return (
-        f'<div class="meter" role="meter" aria-label="Memory" aria-valuemin="0" aria-valuenow="{used}" '
+        f'<div class="meter" role="meter" aria-label="{t("Memory")}" aria-valuemin="0" '
+        f'aria-valuenow="{used}" '
         f'aria-valuemax="{plan.budget_bytes}" aria-valuetext="{spoken}" title="{spoken}">'
-        f"<span>memory</span>{gauge(scale.percent(used), scale.percent(plan.peak_bytes))}"
+        f"<span>{t('memory')}</span>{gauge(scale.percent(used), scale.percent(plan.peak_bytes))}"
         f"<span>{told}</span></div>"
     )
 
@@ -199,6 +209,7 @@ def gauge(percent: float, tick: float | None = None) -> str:
     return f'<i class="gauge"><i style="width:{percent}%"></i>{mark}</i>'
 
 
-def peaks(measured: int, plan: Plan) -> str:
+def peaks(measured: int, plan: Plan, t: Tongue = ENGLISH) -> str:
     """peak memory 5.1 GiB, planned 5.3 GiB"""
-    return f"peak memory {words.size(measured)}, planned {words.size(plan.peak_bytes)}"
+    taken, planned = words.size(measured), words.size(plan.peak_bytes)
+    return t("peak memory {taken}, planned {planned}", taken=taken, planned=planned)

@@ -13,12 +13,13 @@ from backend import Studio
 from backend.errors import TriptychError
 from backend.memory.plan import Plan, PlannedComponent
 from backend.requests import SD3Request
-from ui import words
+from ui import i18n, words
+from ui.i18n import ENGLISH, Tongue
 
 T5 = "text_encoder_3"  # its component
 NAMES = {"full": "whole", "int8": "8 bits", "nf4": "4 bits", "off": "off"}
 AUTO = "automatic"
-HOW = {"streamed": " · streamed", "cpu": " · on the CPU"}
+HOW = {"streamed": "streamed", "cpu": "on the CPU"}
 CHOICES = [(AUTO, "auto"), *((name, t5) for t5, name in NAMES.items())]  # before anything is known
 ABOUT = (
     "The largest of the three text encoders: with it long prompts and lettering come out right. It works only"
@@ -56,32 +57,36 @@ def prices(studio: Studio, request: SD3Request) -> dict[str, Price]:
     return found
 
 
-def shown(found: dict[str, Price]) -> tuple[list[tuple[str, str]], str]:
+def shown(found: dict[str, Price], t: Tongue = ENGLISH) -> tuple[list[tuple[str, str]], str]:
     """The choices in words, and beneath them why some cannot be had."""
     auto = found["auto"]
-    choices = [(f"{AUTO}: {NAMES[auto.ran]}{_room(auto)}" if auto.plan else f"{AUTO} · not here", "auto")]
-    choices += [(f"{name} · {_cost(found[t5])}", t5) for t5, name in NAMES.items()]
+    how = f": {t(NAMES[auto.ran])}{_room(auto, t)}" if auto.plan else f" · {t('not here')}"
+    choices = [(f"{t(AUTO)}{how}", "auto")]
+    choices += [(f"{t(name)} · {_cost(found[t5], t)}", t5) for t5, name in NAMES.items()]
     reasons: dict[str, list[str]] = {}
     for t5, price in found.items():
         if price.refused:
-            reasons.setdefault(_reason(price.refused), []).append(NAMES.get(t5, AUTO))
-    return choices, " ".join([ABOUT, *(f"Not {', '.join(names)}: {why}." for why, names in reasons.items())])
+            reasons.setdefault(t.told(_reason(price.refused)), []).append(t(NAMES.get(t5, AUTO)))
+    told = (t("Not {names}: {why}.", names=", ".join(names), why=why) for why, names in reasons.items())
+    return choices, " ".join([t(ABOUT), *told])
 
 
-def _cost(price: Price) -> str:
+def _cost(price: Price, t: Tongue) -> str:
     if price.plan is None:
-        return "not here"
-    return (words.size(price.part.bytes) if price.part else "nothing") + _room(price)
+        return t("not here")
+    return (words.size(price.part.bytes) if price.part else t("nothing")) + _room(price, t)
 
 
-def _room(price: Price) -> str:
+def _room(price: Price, t: Tongue) -> str:
     """How it is made to fit, or that it does not."""
     plan, part = price.plan, price.part
     if plan is None or plan.fits:
-        return HOW.get(part.placement, "") if part else ""
+        how = HOW.get(part.placement, "") if part else ""
+        return f" · {t(how)}" if how else ""
     if plan.peak_bytes <= plan.budget_bytes:
-        return " · does not fit: RAM is short"
-    return f" · does not fit: {words.size(plan.peak_bytes)} in all, {words.size(plan.budget_bytes)} free"
+        return f" · {t('does not fit: RAM is short')}"
+    taken, free = words.size(plan.peak_bytes), words.size(plan.budget_bytes)
+    return f" · {t('does not fit: {taken} in all, {free} free', taken=taken, free=free)}"
 
 
 def _reason(text: str) -> str:
@@ -92,11 +97,12 @@ def _reason(text: str) -> str:
 def teller(studio: Studio, request_of: Callable[[Sequence[Any]], SD3Request]) -> Callable[..., Any]:
     """The handler that writes the costs beside the choices; the choice itself stays."""
 
-    def tell(*values: Any) -> Any:
+    def tell(page: gr.Request, *values: Any) -> Any:
+        t = i18n.of(page)
         try:
-            choices, info = shown(prices(studio, request_of(values)))
+            choices, info = shown(prices(studio, request_of(values)), t)
         except Exception:  # noqa: BLE001 (the plan, asked for at the same time, says what is wrong)
-            choices, info = CHOICES, ABOUT
+            choices, info = [(t(name), value) for name, value in CHOICES], t(ABOUT)
         return gr.update(choices=choices, info=info)
 
     return tell

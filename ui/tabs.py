@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from backend import catalog
 from backend.errors import TriptychError
 from backend.requests import Request, SD3Request, SD15Request, StableCascadeRequest
 from backend.studio import CheckpointInfo
-from ui import controls, handlers, prices, render
+from backend.weights import local
+from ui import controls, forms, handlers, i18n, prices, render
 from ui.controls import CUSTOM, Controls
-from ui.handlers import Easel
-from ui.jobs import Jobs
+from ui.grid import GridFold, fold
+from ui.handlers import Desk, Easel, Update
+from ui.i18n import ENGLISH, Tongue, label
+from ui.jobs import Jobs, Work
 
-# One request at a time, whichever way it came.
-DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+# A page listens for as long as its jobs last: the queue is ours, and Gradio's is not to hold it up.
+LISTENING: dict[str, Any] = {
+    "concurrency_limit": None,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+}
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 EXAMPLES = 4  # shown at once
-PLACED = json.dumps(render.starting())
-STARTING = f"() => {PLACED}"
-WAIT = "() => new Promise((done) => setTimeout(done, 500))"
-LAST = json.dumps(render.starting("Stopping…"))
-STOPPING = f"(shown) => shown.includes({json.dumps(render.BUSY)}) ? {LAST} : shown"
-STOPPED = f"(shown) => shown === {LAST} ? {json.dumps(render.stopped())} : shown"
+STARTING = f"(shown) => {json.dumps(render.starting())}"
+BUSY = json.dumps('data-state="busy"')
 REFUSED = json.dumps(render.failed("Not begun: the note in the corner of the page says why."))
-UNHEARD = f"(shown) => shown === {PLACED} ? {REFUSED} : shown"  # a stopped run has failed, too
-AT_REST = f"(shown) => shown.replace({json.dumps(render.BUSY)}, {json.dumps(render.IDLE)})"  # preview stays
+UNHEARD = f"(shown) => shown === {json.dumps(render.starting())} ? {REFUSED} : shown"
+# A click on one of the buttons in the tab's list of jobs.
+CLICKED = """element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-cancel], button[data-show]');
+  if (button) trigger('click', {...button.dataset});
+});"""
+# Kept in the browser once the page has been filled with what was kept before.
+KEEP = """(...values) => {
+  const kept = values.pop();
+  const names = %s;
+  return window.triptychReady?.has(%s) ? Object.fromEntries(names.map((name, n) => [name, values[n]])) : kept;
+}"""
+READY = "() => { (window.triptychReady ??= new Set()).add(%s); }"
 PLANNED_BY = frozenset(
     (
         *("checkpoint", "config_from", "width", "height", "num_images", "dtype", "prefer"),
@@ -39,62 +54,68 @@ PLANNED_BY = frozenset(
         *("stage_c", "stage_b", "images"),
     )
 )
+NOT_KEPT = frozenset(("images",))  # uploads do not outlive the server
 
 
 Fields = dict[str, gr.components.Component]
 
 
-def sd15(jobs: Jobs) -> None:
+def sd15(jobs: Jobs) -> Sheet:
     """Stable Diffusion 1.5."""
-    _tab(jobs, SD15Request, controls.sampling, lambda own: controls.sampler("sd15", own["sampler"]))
+    return _tab(jobs, SD15Request, controls.sampling, lambda own: controls.sampler("sd15", own["sampler"]))
 
 
-def sd3(jobs: Jobs) -> None:
+def sd3(jobs: Jobs) -> Sheet:
     """Stable Diffusion 3 and 3.5."""
 
     def choices(own: Mapping[str, Any]) -> Fields:
         return controls.t5() | controls.sampler("sd3", own["sampler"]) | controls.flow(own)
 
-    _tab(jobs, SD3Request, controls.sampling, choices)
+    return _tab(jobs, SD3Request, controls.sampling, choices)
 
 
-def stable_cascade(jobs: Jobs) -> None:
+def stable_cascade(jobs: Jobs) -> Sheet:
     """Stable Cascade."""
 
     def images() -> Fields:
         return {"images": controls.image_prompts()}
 
-    _tab(jobs, StableCascadeRequest, controls.stage_sampling, lambda _: controls.stage_sizes(), images)
+    return _tab(jobs, StableCascadeRequest, controls.stage_sampling, lambda _: controls.stage_sizes(), images)
 
 
 # The page opens on the first: the one that is loaded beforehand and paints fastest.
-TABS: tuple[Callable[[Jobs], None], ...] = (sd15, sd3, stable_cascade)
+TABS: tuple[Callable[[Jobs], Sheet], ...] = (sd15, sd3, stable_cascade)
 
 
 def _tab(
     jobs: Jobs,
     family: type[Request],
-    sampling: Callable[[Mapping[str, Any]], Fields],
+    sampling: Callable[..., Fields],
     choices: Callable[[Mapping[str, Any]], Fields],
     further: Callable[[], Fields] = dict,
-) -> None:
+) -> Sheet:
     """A family's tab. Of its own are the controls that these make of the demo's defaults: `sampling`, the
     `choices` in the Advanced fold, and what it asks `further` beside the prompts."""
-    info = jobs.studio.describe(family.family, "demo")
+    info, strangers = jobs.studio.describe(family.family, "demo"), jobs.public
     with gr.Tab(catalog.FAMILIES[family.family].title, id=family.family), gr.Row(elem_classes="studio"):
         fields, generate, stop = _ask(further)
         easel, again = _side()
         about = _about(family, info)
         with gr.Column(elem_classes="tune"):
             shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
-            fields |= size | sampling(info.defaults)
-            random, reuse, seeds = controls.seed_and_count()
+            fields |= size | sampling(info.defaults, strangers=strangers)
+            random, reuse, seeds = controls.seed_and_count(strangers=strangers)
             fields |= seeds
-            with gr.Accordion("Advanced", open=False):
-                fields["checkpoint"] = controls.checkpoint(jobs.studio.catalogue(family.family))
-                fields |= choices(info.defaults) | controls.advanced()
-    sheet = Sheet(jobs, family, Controls(fields), easel, shape, about, tuple(info.defaults))
+            with gr.Accordion(label("Advanced"), open=False):
+                names = local.choices(jobs.studio.settings, family.family)
+                fields["checkpoint"] = controls.checkpoint(names, strangers=strangers)
+                fields |= choices(info.defaults) | controls.advanced(strangers=strangers)
+            grid = fold(jobs.studio, family)
+        kept = gr.BrowserState({}, storage_key=f"triptych-{family.family}", secret="triptych")
+    desk = Desk(jobs, family, easel)
+    sheet = Sheet(desk, Controls(fields), shape, about, grid, kept, tuple(info.defaults))
     sheet.connect(Buttons(generate, stop, random, reuse, again))
+    return sheet
 
 
 # ---- areas
@@ -117,12 +138,13 @@ class About:
     note: gr.HTML
 
     @staticmethod
-    def of(family: type[Request], info: CheckpointInfo) -> tuple[str, str]:
+    def of(family: type[Request], info: CheckpointInfo, t: Tongue = ENGLISH) -> tuple[str, str]:
         known, full = info.vocabulary, catalog.published(family.family)
         entry = catalog.entry(family.family, info.name)
         page = entry.url if entry else None
-        note = render.vocabulary(known, full) if known else render.licence(info.title, info.licence, page)
-        return render.examples(info.examples[:EXAMPLES]), note
+        told = render.licence(info.title, info.licence, page, t)
+        note = render.vocabulary(known, full, t) if known else told
+        return render.examples(info.examples[:EXAMPLES], t), note
 
 
 def _ask(further: Callable[[], Fields]) -> tuple[Fields, gr.Button, gr.Button]:
@@ -130,8 +152,8 @@ def _ask(further: Callable[[], Fields]) -> tuple[Fields, gr.Button, gr.Button]:
     with gr.Column(elem_classes="ask"):
         fields = controls.prompts() | further()
         with gr.Row(elem_classes="actions"):
-            generate = gr.Button("Generate", variant="primary", elem_classes="generate", scale=3)
-            stop = gr.Button("Stop", elem_classes="stop", scale=1, min_width=80)
+            generate = gr.Button(label("Generate"), variant="primary", elem_classes="generate", scale=3)
+            stop = gr.Button(label("Stop"), elem_classes="stop", scale=1, min_width=80)
     return fields, generate, stop
 
 
@@ -143,10 +165,11 @@ def _side() -> tuple[Easel, gr.Button]:
             status = gr.HTML(render.ready(), elem_classes="status-line")
             with gr.Row(elem_classes="kept"):
                 files = gr.HTML(elem_classes="files-line")
-                again = gr.Button("Reuse these settings", size="sm", scale=0, elem_classes="again")
+                again = gr.Button(label("Reuse these settings"), size="sm", scale=0, elem_classes="again")
+            jobs = gr.HTML(js_on_load=CLICKED, elem_classes="jobs-line")
         with gr.Column(elem_classes="below"):
             plan, last = gr.HTML(), gr.State(None)  # not beside the tabs: Gradio would count it as one
-    return Easel(canvas, status, files, plan, last), again
+    return Easel(canvas, status, files, plan, jobs, last), again
 
 
 def _about(family: type[Request], info: CheckpointInfo) -> About:
@@ -162,53 +185,72 @@ def _about(family: type[Request], info: CheckpointInfo) -> About:
 class Sheet:
     """A tab's components and what connects them; nothing here knows which family it is.
 
-    `defaults` are the fields that a checkpoint has its own values of.
+    `kept` are the settings that the browser remembers, `defaults` the fields that a checkpoint has its own
+    values of.
     """
 
-    jobs: Jobs
-    family: type[Request]
+    desk: Desk
     controls: Controls
-    easel: Easel
     shape: gr.Radio
     about: About
+    grid: GridFold
+    kept: gr.BrowserState
     defaults: tuple[str, ...]
+
+    @property
+    def jobs(self) -> Jobs:
+        return self.desk.jobs
+
+    @property
+    def family(self) -> type[Request]:
+        return self.desk.family
+
+    @property
+    def easel(self) -> Easel:
+        return self.desk.easel
+
+    @property
+    def settings_outputs(self) -> list[Any]:
+        """What `filled` fills."""
+        return [self.about.examples, self.about.note, self.shape, *self.controls.inputs]
 
     def connect(self, buttons: Buttons) -> None:
         self._connect_painting(buttons)
+        self._connect_grid()
         self._connect_reuse(buttons)
         self._connect_shape()
         self._connect_checkpoint()
         self._connect_plan()
+        self._connect_kept()
 
     def _connect_painting(self, buttons: Buttons) -> None:
-        status, canvas = self.easel.status, self.easel.canvas
-        buttons.generate.click(None, None, status, js=STARTING, **QUIET)
-        run = buttons.generate.click(
-            handlers.painter(self.jobs, self.easel, self.request),
-            self.controls.inputs,
-            self.easel.outputs,
-            show_progress="minimal",
-            show_progress_on=status,
-            api_visibility="private",
-            **DEVICE,
-        )
-        # A full queue, or an upload that is gone: nothing of ours ran that could end the progress line.
+        self._queue(buttons.generate, self.paint, self.controls.inputs)
+        buttons.stop.click(self.desk.stop, **QUIET)
+        self.easel.jobs.click(self.desk.clicked, None, self.easel.outputs, **QUIET)
+
+    def _connect_grid(self) -> None:
+        grid, inputs = self.grid, [*self.grid.inputs, *self.controls.inputs]
+        grid.connect(self.controls)
+        for run in (
+            self._queue(grid.paint, grid.painter(self.desk, self.request), inputs),
+            self._queue(grid.resume, grid.resumer(self.desk), []),
+        ):
+            run.then(grid.refresh, None, grid.rests, **QUIET)
+
+    def _queue(self, button: gr.Button, handler: Callable[..., Any], inputs: list[Any]) -> Dependency:
+        """A button that puts work into the queue, and shows what comes of it."""
+        status = self.easel.status
+        button.click(None, status, status, js=STARTING, **QUIET)
+        run = button.click(handler, inputs, self.easel.outputs, trigger_mode="multiple", **LISTENING)
+        # A full queue of Gradio's, or an upload that is gone: nothing of ours ran that could tell.
         run.failure(None, status, status, js=UNHEARD, **QUIET)
-        stopping = buttons.stop.click(None, status, status, js=STOPPING, cancels=[run], **QUIET)
-        # Once more when whatever was on its way has arrived: it would stand there for good.
-        arrived = stopping.then(None, js=WAIT, **QUIET)
-        again = arrived.then(None, status, status, js=STOPPING, cancels=[run], **QUIET)
-        # Gradio forgets a run that it cancels before the server named it, and that one goes on: ours ends it.
-        ended = again.then(handlers.stopper(self.jobs, self.family), **QUIET)
-        ended.then(None, status, status, js=STOPPED, **QUIET)
-        ended.then(None, canvas, canvas, js=AT_REST, **QUIET)
+        return run
 
     def _connect_reuse(self, buttons: Buttons) -> None:
         last, seed = self.easel.last, self._field("seed")
-        outputs = [self.about.examples, self.about.note, self.shape, *self.controls.inputs]
         buttons.random.click(None, None, seed, js="() => ''", **QUIET)
         buttons.reuse.click(_last_seed, [last, seed], seed, **QUIET)
-        buttons.again.click(self.reuse, last, outputs, **QUIET)
+        buttons.again.click(self.reuse, last, self.settings_outputs, **QUIET)
 
     def _connect_shape(self) -> None:
         sides = [self._field("width"), self._field("height")]
@@ -221,6 +263,7 @@ class Sheet:
         own = [self._field(name) for name in self.defaults]
         outputs = [self.about.examples, self.about.note, self.shape, *own]
         choice.input(self.choose, choice, outputs, **QUIET)  # not on change: reused settings are not defaults
+        choice.focus(self.checkpoints, None, choice, **QUIET)  # what was put into the folder meanwhile
         if sampler := self.controls.by_field.get("sampler"):
             gr.on(sampler.change, self.sampler_info, sampler, sampler, **QUIET)  # pyright: ignore
 
@@ -234,7 +277,7 @@ class Sheet:
         chosen = Controls({name: each for name, each in self.controls.by_field.items() if name in by})
 
         def request(values: Sequence[Any]) -> Request:
-            return handlers.build_shown(self.family, chosen.fields(values))
+            return forms.build_shown(self.family, chosen.fields(values), public=self.jobs.public)
 
         gr.on(
             None,  # when the page loads, and on every change of these
@@ -246,38 +289,93 @@ class Sheet:
             api_visibility="private",
         )
 
+    def _connect_kept(self) -> None:
+        """Remember the settings in the browser, from when they have been filled in."""
+        lasting = {name: each for name, each in self.controls.by_field.items() if name not in NOT_KEPT}
+        name = json.dumps(self.family.family)
+        changes = [each.change for each in lasting.values()]  # pyright: ignore[reportAttributeAccessIssue]
+        js = KEEP % (json.dumps([*lasting]), name)
+        gr.on(changes, None, [*lasting.values(), self.kept], self.kept, js=js, **QUIET)
+
+    def load(self, demo: gr.Blocks) -> None:
+        """When the page comes, or comes back: its language, the settings as they were, the jobs."""
+        easel = self.easel
+        outputs = [easel.canvas, easel.status, *self.settings_outputs]
+        filled = demo.load(self.greet, self.kept, outputs, **QUIET)
+        filled.then(None, js=READY % json.dumps(self.family.family), **QUIET)
+        filled.then(self.desk.watch, None, easel.outputs, **LISTENING)
+
     def _field(self, name: str) -> Any:
         return self.controls.by_field[name]
 
+    # ---- handlers
+
+    async def paint(self, page: gr.Request, *values: Any) -> AsyncIterator[Update]:
+        """The Generate button: values of the controls in, updates of the easel out."""
+
+        def work(owner: str) -> tuple[Work, Request]:
+            request = self.request(values)  # it may hold pictures to read
+            return self.jobs.paint(request, owner), request
+
+        async for update in self.desk.paint(page, work):
+            yield update
+
     def request(self, values: Sequence[Any]) -> Request:
         """The request that the controls' values ask for."""
-        return handlers.build_shown(self.family, self.controls.fields(values))
+        return forms.build_shown(self.family, self.controls.fields(values), public=self.jobs.public)
 
-    def sampler_info(self, name: str) -> Any:
-        return gr.update(info=controls.sampler_note(self.family.family, name))
+    def sampler_info(self, name: str, page: gr.Request) -> Any:
+        return gr.update(info=controls.sampler_note(self.family.family, name, i18n.of(page)))
+
+    def checkpoints(self) -> Any:
+        return gr.update(choices=local.choices(self.jobs.studio.settings, self.family.family))
 
     def fit(self, shape: str, checkpoint: str, width: int, height: int) -> tuple[int, int]:
         """The size of a shape; the size as it is for a custom one, or a checkpoint that is not known."""
         native = self._native(checkpoint)
-        return (width, height) if shape == CUSTOM or native is None else self._fitted(shape, native)
+        known = shape in controls.SHAPES and native is not None
+        return self._fitted(shape, native) if known and native else (width, height)
 
-    def choose(self, checkpoint: str) -> list[Any]:
+    def choose(self, checkpoint: str, page: gr.Request) -> list[Any]:
         """What a checkpoint brings along: examples, note, square shape and its own settings."""
-        info, about = self._describe(checkpoint)
+        info, about = self._describe(checkpoint, i18n.of(page))
         if info is None:
             return [*about, *[gr.skip()] * (1 + len(self.defaults))]
         return [*about, "1:1", *(info.defaults.get(name, gr.skip()) for name in self.defaults)]
 
-    def reuse(self, last: dict[str, Any] | None) -> list[Any]:
+    def reuse(self, last: dict[str, Any] | None, page: gr.Request) -> list[Any]:
         """Everything as it was for the last picture."""
         if last is None:
-            return [gr.skip()] * (3 + len(self.controls.inputs))
-        _, about = self._describe(last["checkpoint"])
-        native = self._native(last["checkpoint"])
-        size = last["width"], last["height"]
-        shapes = [shape for shape in controls.SHAPES if native and self._fitted(shape, native) == size]
-        shape = shapes[0] if shapes else CUSTOM  # the first is the square
-        return [*about, shape, *self.controls.filled(last)]
+            return [gr.skip()] * len(self.settings_outputs)
+        return self.filled(last, i18n.of(page))
+
+    def filled(self, settings: Mapping[str, Any], t: Tongue) -> list[Any]:
+        """Updates of `settings_outputs` that ask for the same pictures; what settings do not tell stays."""
+        checkpoint = settings.get("checkpoint")
+        about: tuple[Any, Any] = (gr.skip(), gr.skip())
+        shape: Any = gr.skip()
+        if "width" in settings and "height" in settings:
+            native = self._native(str(checkpoint)) if checkpoint else None
+            size = settings["width"], settings["height"]
+            fitting = (name for name in controls.SHAPES if native and self._fitted(name, native) == size)
+            shape = next(fitting, CUSTOM)  # the first is the square
+        if checkpoint:
+            _, about = self._describe(str(checkpoint), t)
+        return [*about, shape, *self.controls.filled(dict(settings))]
+
+    def greet(self, kept: Any, page: gr.Request) -> list[Any]:
+        """The canvas, the progress line and the settings as the browser kept them, in its language."""
+        t = i18n.of(page)
+        settings = self.controls.sound(kept)
+        _, about = self._describe(settings.get("checkpoint", "demo"), t)
+        updates = self.filled(settings, t) if settings else [gr.skip()] * len(self.settings_outputs)
+        filled = dict(zip(["examples", "note", "shape", *self.controls.by_field], updates, strict=True))
+        filled["examples"], filled["note"] = about
+        choices: dict[str, Any] = {"shape": controls.shapes(t), **controls.choices(self.family.family, t)}
+        for name, rows in choices.items():
+            if name in filled and t is not ENGLISH:
+                filled[name] = _with(filled[name], choices=rows)
+        return [render.idle(t), render.ready(t), *filled.values()]
 
     def _fitted(self, shape: str, native: tuple[int, int]) -> tuple[int, int]:
         return controls.fit(shape, native, self.family.size_multiple)
@@ -287,13 +385,22 @@ class Sheet:
         width, height = (info.defaults.get(side) if info else None for side in ("width", "height"))
         return (width, height) if width and height else None
 
-    def _describe(self, checkpoint: str) -> tuple[CheckpointInfo | None, tuple[str, str]]:
+    def _describe(
+        self, checkpoint: str, t: Tongue = ENGLISH
+    ) -> tuple[CheckpointInfo | None, tuple[str, str]]:
         """What is known of a checkpoint, and the examples and the note of it; a note of what is wrong."""
         try:
             info = self.jobs.studio.describe(self.family.family, checkpoint)
         except TriptychError as error:
-            return None, ("", render.problem(str(error)))
-        return info, About.of(self.family, info)
+            told = t.told(handlers.explain(error, self.jobs.studio.settings))
+            return None, ("", render.problem(told))
+        return info, About.of(self.family, info, t)
+
+
+def _with(update: Any, **properties: Any) -> Any:
+    """The update of a value, or none, and of further properties."""
+    skipped = isinstance(update, dict) and update.get("__type__") == "update" and "value" not in update
+    return gr.update(**properties) if skipped else gr.update(value=update, **properties)
 
 
 def _last_seed(last: dict[str, Any] | None, current: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from backend.memory import plan
+from ui.i18n import ENGLISH, Tongue
 
 # What Stable Cascade's stages are for; all else is called as the plan calls it.
 STAGE_TITLES = {
@@ -14,23 +15,23 @@ BITS = {"float32": "32 bit", "bfloat16": "16 bit", "float16": "16 bit", "int8": 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def phase(name: str) -> str:
-    return STAGE_TITLES.get(name) or plan.phase_title(name)
+def phase(name: str, t: Tongue = ENGLISH) -> str:
+    return t(STAGE_TITLES.get(name) or plan.phase_title(name))
 
 
-def part(name: str) -> str:
+def part(name: str, t: Tongue = ENGLISH) -> str:
     """A component as in a list: text_encoder → Text encoder, text_encoder_3 → T5."""
-    words = the_part(name).removeprefix("the ")
-    return words[:1].upper() + words[1:]
+    words = plan.TITLES.get(name, name.replace("_", " ")).removeprefix("the ")
+    return t(words[:1].upper() + words[1:])
 
 
-def the_part(name: str) -> str:
+def the_part(name: str, t: Tongue = ENGLISH) -> str:
     """A component within a sentence: the text encoder, T5."""
-    return plan.TITLES.get(name, name.replace("_", " "))
+    return t(plan.TITLES.get(name, name.replace("_", " ")))
 
 
-def precision(name: str) -> str:
-    return BITS.get(name, name)
+def precision(name: str, t: Tongue = ENGLISH) -> str:
+    return t(BITS.get(name, name))
 
 
 def seconds(value: float) -> str:
@@ -44,10 +45,10 @@ def size(count: float) -> str:
     return " ".join(_scaled(count))
 
 
-def share(some: float, all_of: float) -> str:
+def share(some: float, all_of: float, t: Tongue = ENGLISH) -> str:
     """2.1 of 3.9 GiB; both units where they differ."""
     (number, unit), (_, whole) = _scaled(some), _scaled(all_of)
-    return f"{number if unit == whole else f'{number} {unit}'} of {size(all_of)}"
+    return t("{some} of {all}", some=number if unit == whole else f"{number} {unit}", all=size(all_of))
 
 
 def _scaled(count: float) -> tuple[str, str]:

@@ -32,6 +32,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def strangers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A public one."""
+    with serving(tmp_path_factory.mktemp("public"), "--public", OMP_NUM_THREADS="1") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Client:
     return connected(server, tmp_path_factory.mktemp("downloads"))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
@@ -13,6 +15,7 @@ from tests.app.support import Server
 On = Page | Locator
 
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+SCREENSHOTS = Path(__file__).parent / "screenshots"  # how each test left its page; git ignores them
 PATIENCE = 120_000  # milliseconds: two cores that do other work as well are slow
 expect.set_options(timeout=PATIENCE)
 
@@ -52,8 +55,15 @@ def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
     page.goto(server.url)
     page.locator(".plan .bars").wait_for()  # the page has loaded, and told the plan
     yield page
+    page.screenshot(path=SCREENSHOTS / f"{_running()}.png")
     inside.close()
     assert not complaints
+
+
+def _running() -> str:
+    """The test that runs, as a file's name."""
+    name = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].removeprefix("tests/app/")
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 def prompt(on: On) -> Any:

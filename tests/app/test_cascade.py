@@ -32,7 +32,7 @@ from tests.app.pages import (
     status,
 )
 from tests.app.support import ROOT, Server
-from ui import handlers
+from ui import forms
 
 QUICK: Any = {"prompt": "a red house on green hills", "prior_steps": 3, "decoder_steps": 2}
 CASCADE, SD15 = "Stable Cascade", "Stable Diffusion 1.5"
@@ -131,9 +131,9 @@ def test_files_of_the_server_are_no_uploads(server: Server, path: str, stream: b
 def test_strangers_name_no_files_of_the_server() -> None:
     for path in (ROOT / "assets" / "screenshot.png", "/etc/passwd", "~/x.png"):
         with pytest.raises(InvalidRequest, match=r"images\[0\] is .* on this public server it can be"):
-            handlers.build(StableCascadeRequest, {"images": [str(path)]}, public=True)
+            forms.build(StableCascadeRequest, {"images": [str(path)]}, public=True)
     with pytest.raises(InvalidRequest, match="no picture"):
-        handlers.build(StableCascadeRequest, {"images": ["data:,"]}, public=True)
+        forms.build(StableCascadeRequest, {"images": ["data:,"]}, public=True)
 
 
 @pytest.mark.parametrize("family", ["stable_cascade", "stable-cascade"])

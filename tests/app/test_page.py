@@ -65,7 +65,7 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
     link = page.get_by_role("tabpanel").locator(".files").get_by_role("link")
     with page.expect_download() as download:
         link.click()
-    kept = server.home / unquote(link.get_attribute("href") or "").split(f"{server.home}/")[1]
+    kept = server.home / "outputs" / unquote(link.get_attribute("href") or "").removeprefix("pictures/")
     assert download.value.path().read_bytes() == kept.read_bytes()
     assert b"parameters\0a red house on green hills at night\n" in kept.read_bytes()
 
@@ -130,30 +130,58 @@ def test_pictures_enlarge_and_walk_by_keyboard(wide: Page) -> None:
     expect(tiles.nth(2)).to_be_visible()
 
 
-def test_the_place_in_the_queue_is_shown(
-    wide: Page, browser: Browser, server: Server, client: Client
-) -> None:
+def test_several_are_queued_each_with_its_place(wide: Page, server: Server, client: Client) -> None:
     before = len(server.pictures)
     slider(wide, "Steps", 2)
     busy = client.submit(**LONG, api_name="/sd15")
     next(said for _, said in busy if said["phase"] == "denoise")
-    wide.get_by_role("button", name="Generate").click()
-    expect(wide.locator(".status-line .progress-text")).to_contain_text("queue: 1/1")
-    wide.get_by_role("button", name="Stop").click()
-    expect(wide.locator(".status")).to_have_text("Stopped.")
+    button = wide.get_by_role("button", name="Generate")
+    for asked in ("a red tent", "a blue tent", "a green tent"):
+        prompt(wide).fill(asked)
+        button.click()
+        queue = wide.locator(".queue")
+        expect(wide.locator(".status")).to_have_text("Waiting: one picture comes before yours.")
+    expect(queue.locator("li")).to_have_count(3)
+    expect(queue.locator("li").nth(2)).to_contain_text("place 4")
+    wide.get_by_role("button", name="Cancel: a blue tent").click()
+    expect(queue.locator("li")).to_have_count(2)
+    expect(queue.locator("li").nth(1)).to_contain_text("place 3")
+    expect(queue).not_to_contain_text("blue")
     busy.cancel()
-    generate(wide)
-    assert len(server.pictures) == before + 1
+    expect(status(wide, "done")).to_contain_text("1 picture in")
+    expect(queue).to_have_count(0)
+    made = wide.locator(".made button")
+    expect(made).to_have_count(2)
+    shown = wide.locator(".canvas img")
+    expect(shown).to_have_attribute("alt", "a green tent")
+    wide.get_by_role("button", name="Show again: a red tent").click()
+    expect(shown).to_have_attribute("alt", "a red tent")
+    assert len(server.pictures) == before + 2
 
 
-def test_a_closed_tab_frees_the_queue(browser: Browser, server: Server, client: Client) -> None:
-    before = len(server.pictures)
-    for page in opened(browser, server, viewport=WIDE):
-        make_it_long(page)
-        page.get_by_role("button", name="Generate").click()
-        wait_for_preview(page)
-    client.predict(prompt="a tent", steps=2, api_name="/sd15")
-    assert len(server.pictures) == before + 1
+def test_a_page_that_is_left_finds_its_job_again(browser: Browser, server: Server, client: Client) -> None:
+    """With its settings; and another browser sees nothing of them."""
+    inside = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = inside.new_page()
+    page.goto(server.url)
+    make_it_long(page)
+    prompt(page).fill("a yellow windmill")
+    page.get_by_role("button", name="Generate").click()
+    wait_for_preview(page)
+    page.close()
+    page = inside.new_page()
+    page.goto(server.url)
+    wait_for_preview(page)
+    expect(page.locator(".status")).to_contain_text("Painting · step")
+    expect(prompt(page)).to_have_value("a yellow windmill")
+    expect(page.get_by_label("number input for Steps")).to_have_value("150")
+    for other in opened(browser, server, viewport=WIDE):
+        expect(other.locator(".canvas")).to_have_attribute("data-state", "idle")
+        expect(prompt(other)).to_have_value("")
+    page.keyboard.press("Escape")
+    expect(page.locator(".status")).to_have_text("Stopped.")
+    assert client.predict(prompt="a tent", steps=2, api_name="/sd15")[0]
+    inside.close()
 
 
 def test_an_error_is_told_and_the_picture_stays(wide: Page) -> None:

@@ -272,7 +272,7 @@ def test_public_mode_reads_no_paths_of_strangers(
     tmp_path: Path, folder: Path, fields: dict[str, str]
 ) -> None:
     studio = Studio(Settings(device="cpu", home=tmp_path, public=True))
-    with pytest.raises(InvalidRequest, match="demo, sd15"):
+    with pytest.raises(InvalidRequest, match="on this public server it can be"):
         studio.run(replace(request(folder), **fields))
     with pytest.raises(InvalidRequest, match="public server"):
         studio.describe("sd15", str(folder))

@@ -106,7 +106,7 @@ def told(request):
         list(paint(request, threading.Event()))
     except Exception as error:
         return [type(error).__name__, str(error)]
-studio.generate, generate = lambda request, stop: iter([1 // 0]), studio.generate
+studio.generate, generate = lambda request, stop, owner: iter([1 // 0]), studio.generate
 unexpected = told(SD15Request({SMALL}))
 studio.generate = generate
 missing = told(SD15Request({SMALL}, steps=1, checkpoint="/nowhere/at-all.safetensors"))
