@@ -27,6 +27,8 @@ const furnish = (dialog) => {
   dialog.replaceChildren(...parts.cloneNode(true).childNodes);
 };
 
+const promptOf = (tile) => tile.parentElement.querySelector('.prompt').textContent;
+
 const detailsOf = (tile) => {
   const details = tile.parentElement.querySelector('.details').cloneNode(true);
   for (const time of details.querySelectorAll('time')) {
@@ -44,7 +46,7 @@ const show = (tile) => {
     picture.style.backgroundImage = `url("${tile.querySelector('img').src}")`; // until the picture itself is there
     picture.style.setProperty('--ratio', tile.dataset.ratio);
     picture.src = full;
-    picture.alt = tile.getAttribute('aria-label');
+    picture.alt = promptOf(tile);
   }
   [name, place] = [tile.dataset.name, tiles().indexOf(tile)];
   viewer.querySelector('.details').replaceChildren(...detailsOf(tile));
@@ -79,7 +81,10 @@ const walk = (step) => {
   if (document.activeElement?.disabled || !viewer.contains(document.activeElement)) viewer.focus();
 };
 
-viewer.addEventListener('close', () => (tileOf(name) ?? tiles()[0])?.focus());
+viewer.addEventListener('close', () => {
+  const told = element.querySelector('.told');
+  (tileOf(name) ?? (told?.textContent ? told : tiles()[0]))?.focus();
+});
 viewer.addEventListener('keydown', (event) => {
   const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
   if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -98,7 +103,7 @@ const pick = (picture) => {
 };
 
 const pictureOf = (tile) => ({
-  name: tile.dataset.name, full: tile.dataset.full, ratio: tile.dataset.ratio, alt: tile.getAttribute('aria-label'),
+  name: tile.dataset.name, full: tile.dataset.full, ratio: tile.dataset.ratio, alt: promptOf(tile),
   small: tile.querySelector('img').src, details: [...detailsOf(tile)],
 });
 

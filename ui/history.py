@@ -37,7 +37,11 @@ Restore = Callable[[gr.Request, str, dict[str, Any]], list[Any]]
 
 def tab(studio: Studio, restore: Restore, outputs: Sequence[Any]) -> None:
     """The tab, filled anew whenever it is opened. `restore` makes the updates of `outputs`."""
-    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    private: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    at_once: dict[str, Any] = {
+        **private,
+        "queue": False,
+    }  # a note in the corner of the page comes through the queue alone
     shelf = Shelf(studio, restore, len(outputs))
     # Its children are there from the start: a PNG that is dropped on any tab goes to the field in this one.
     with gr.Tab(label("History"), id="history", render_children=True) as opened:
@@ -59,16 +63,16 @@ def tab(studio: Studio, restore: Restore, outputs: Sequence[Any]) -> None:
         sheet = gr.HTML(elem_classes="history-sheet", js_on_load=SCRIPT)
     asked = [search, only]
     gr.on(
-        [opened.select, search.input, search.submit, only.input],
+        [opened.select, search.change, search.submit, only.change],
         shelf.newest,
         asked,
         sheet,
         trigger_mode="always_last",
-        **quiet,
+        **at_once,
     )
-    sheet.act(shelf.act, asked, sheet, trigger_mode="multiple", **quiet)
-    sheet.reuse(shelf.reuse, None, outputs, **quiet)
-    file.upload(shelf.read, file, [file, *outputs], **quiet)
+    sheet.act(shelf.act, asked, sheet, trigger_mode="multiple", **at_once)
+    sheet.reuse(shelf.reuse, None, outputs, **private)
+    file.upload(shelf.read, file, [file, *outputs], **private)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Shelf:
             entry = None
             log.warning("%s", error)
         if entry is None or not _is_ours(entry):
-            gr.Warning(t("That picture is no longer there."), title=t("Nothing restored"))
+            gr.Warning(t("That picture is no longer there."))
             return self._blank()
         return self.restore(page, entry.family, settings_of(entry))
 
@@ -130,7 +134,7 @@ class Shelf:
         try:
             restored = infotext.of_file(Path(path))
         except InvalidRequest as error:
-            gr.Warning(escape(t.told(str(error))), title=t("Nothing restored"))
+            gr.Warning(escape(t.told(str(error))))
             return [None, *self._blank()]
         settings, refused = dict(restored.settings), list(restored.refused)
         if self.studio.settings.public and not catalog.entry(
@@ -138,7 +142,7 @@ class Shelf:
         ):
             del settings["checkpoint"]
             refused.append("Model")
-        gr.Info(escape(in_words(restored, refused, t)), title=t("Settings restored"), duration=15)
+        gr.Info(escape(in_words(restored, refused, t)), duration=15)
         return [None, *self.restore(page, restored.family, settings | {"num_images": 1})]
 
     def _blank(self) -> list[Any]:
