@@ -65,6 +65,9 @@ FAMILY_SOURCES: dict[str, dict[str, str]] = {
         "stage_b": "Stage B",
     },
 }
+# What a text means by saying nothing of it.
+UNSAID = {"clip_skip": 0, "raw_prompt": False}
+FAMILY_UNSAID = {"sd3": {"max_sequence_length": TOKENS, "skip_layer_guidance_scale": 0.0}}
 TOGETHER = (("width", "height"), ("skip_layer_guidance_start", "skip_layer_guidance_stop"))
 
 
@@ -263,6 +266,7 @@ def understand(text: str) -> Restored:
     if _is_ours(fields) and catalog.entry(family, model):
         told["checkpoint"] = model
     settings = _servable(family, told)
+    unsaid = UNSAID | FAMILY_UNSAID.get(family, {})
     sources = SOURCES | FAMILY_SOURCES[family]
     used = {sources[name] for name in settings if name in sources} | {"Version"}
     known = {*sources.values(), *used}
@@ -274,6 +278,8 @@ def understand(text: str) -> Restored:
         known |= {"Sampler", "Image prompts"}
         if fields.get("Sampler") == WUERSTCHEN:
             used.add("Sampler")
+    if fields:
+        settings |= {name: value for name, value in unsaid.items() if sources[name] not in fields}
     return Restored(
         family=family,
         settings=settings,

@@ -60,6 +60,8 @@ def thumbnail(file: Path) -> bytes:
 
 def read(file: Path) -> Png:
     """Raises InvalidRequest, in words, for what is no PNG, cannot be read, or has too long a text."""
+    if "\0" in str(file):
+        raise InvalidRequest(f"{file.name!r:.80} is no name of a file")
     try:
         with file.open("rb") as content:
             return _read(content, file.name)

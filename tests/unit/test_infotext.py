@@ -314,7 +314,7 @@ OTHER = (
 def test_another_tools_text_is_told_apart() -> None:
     restored = understand(OTHER)
     assert restored.family == "sd15"
-    assert restored.settings == restore(OTHER)
+    assert restored.settings == restore(OTHER) | {"raw_prompt": False}  # what is not said is as ever
     assert restored.unknown == ("Model hash", "VAE hash", "Hires upscale", "Lora hashes")
     assert restored.refused == ("Model",)  # a name alone does not say where the checkpoint is
 
@@ -328,6 +328,7 @@ def test_our_own_text_is_understood_whole(family: str, settings: dict[str, Any])
     assert (restored.unknown, restored.refused) == ((), ())
     assert restored.settings["checkpoint"] == "demo"
     assert restored.settings["seed"] == 7
+    assert (restored.settings["clip_skip"], restored.settings["raw_prompt"]) == (0, False)
     REQUESTS[family](**restored.settings)
 
 
@@ -366,7 +367,10 @@ def test_fields_that_must_fit_together() -> None:
     text = describe({**SD3, "skip_layer_guidance_scale": 2.8, "skip_layer_guidance_start": 0.9}, 7)
     restored = understand(text)
     assert restored.refused == ("Skip layer start", "Skip layer stop")
+    assert restored.settings["skip_layer_guidance_scale"] == 2.8
     SD3Request(**restored.settings)
+    off = understand(describe(SD3, 7)).settings
+    assert (off["skip_layer_guidance_scale"], off["max_sequence_length"]) == (0.0, 256)
 
 
 def test_a_prompt_alone_is_understood_as_one() -> None:
