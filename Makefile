@@ -2,6 +2,7 @@
 #
 #   make setup   .venv with everything: run-time packages, tests, lint, the reference library
 #   make run     the studio at http://127.0.0.1:7860     ARGS="--port 8000 --vram 6"
+#   make mcp     the same, its endpoints as tools for programs that speak MCP, too
 #   make test    every test                              ARGS="tests/unit -k prompts"
 #   make check   ruff, ruff format, pyright
 #   make bench   measure against the reference           ARGS="--smoke"
@@ -15,7 +16,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup run test check format bench bench-gpu
+.PHONY: help setup run mcp test check format bench bench-gpu
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +26,9 @@ setup: $(VENV)/.dev
 
 run: $(VENV)/.runtime
 	$(BIN)/python app.py $(ARGS)
+
+mcp: $(VENV)/.mcp
+	$(BIN)/python app.py --mcp $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,7 +64,11 @@ $(VENV)/.runtime: requirements.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
+$(VENV)/.mcp: requirements-mcp.txt $(VENV)/.runtime
+	$(PIP) -r requirements-mcp.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.mcp
 	@echo "Installing the development packages"
 	$(PIP) -r requirements-dev.txt
 	@touch $@

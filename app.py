@@ -1,4 +1,4 @@
-"""Arguments → Settings → Studio → the page. Importing this starts nothing."""
+"""Arguments → Settings → the page. Importing this starts nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-from backend import Settings, Studio, catalog, zerogpu
+from backend import Settings, zerogpu
 from backend.errors import InvalidRequest, TriptychError
 from backend.memory.hardware import Hardware
 from backend.settings import CHOICES
@@ -36,6 +38,7 @@ MEANINGS = {
     "t5": "how Stable Diffusion 3 runs T5 where a request leaves it open: whole, in 8 or 4 bits, not at all",
     "device_map": "keep all on one card (single), or spread networks over several (balanced)",
 }
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last two where there are such
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,37 +51,62 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
+    ending = end_on_signals()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    check_port(settings)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))  # unwinds from wherever the start, or the wait, is
-    copies = tempfile.mkdtemp(prefix="triptych-")  # Gradio's copies of what it serves; its default is shared
-    os.environ["GRADIO_TEMP_DIR"] = copies
+    check_mcp(settings)
+    settings = dataclasses.replace(settings, port=take_port(settings))
+    copies = make_folder()
     try:
+        os.environ |= {
+            "GRADIO_TEMP_DIR": copies,  # of what Gradio serves; its default is shared by all users
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         lent = zerogpu.present(os.environ)
         if lent:
             settings = zerogpu.prepare(settings)
         check_device(settings)
-        serve(settings, lent=lent)
+        from ui import launch  # Gradio reads the variables while it is imported
+
+        launch.serve(settings, ending, lent=lent)
     except TriptychError as error:  # no such device; a demo checkpoint that is missing or damaged
-        print(f"triptych: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        fail(str(error))
     finally:
         shutil.rmtree(copies, ignore_errors=True)
+
+
+def end_on_signals() -> threading.Event:
+    """Signals unwind the program from wherever its start, or its wait, is, and a second one from where it
+    puts its things in order → what the first sets, as an import may swallow the exception."""
+    ending = threading.Event()
+
+    def end(number: int, _: FrameType | None) -> None:
+        again = ending.is_set()
+        ending.set()
+        sys.exit(128 + number if again else 0)
+
+    for name in SIGNALS:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` leaves it
+            signal.signal(number, end)
+    return ending
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     """Settings from flags over environment variables; a value that cannot be ends the program with code 2."""
     parser = _parser()
-    if "SPACE_ID" in environment:  # a hosted Space reaches the app from outside its container
-        parser.set_defaults(host="0.0.0.0")
+    hosted = "SPACE_ID" in environment
+    if hosted:  # it is reached from outside its container, where its maker says
+        parser.set_defaults(host="0.0.0.0", port=environment.get("GRADIO_SERVER_PORT", "7860"))
     for field in dataclasses.fields(Settings):
         text = environment.get(PREFIX + field.name.upper())
         if text is not None:
             value = _switch(parser, field.name, text) if isinstance(field.default, bool) else text
             parser.set_defaults(**{field.name: value})
     try:
-        return Settings(**vars(parser.parse_args(arguments)))
+        given = vars(parser.parse_args(arguments))
+        given["public"] |= given["share"] or hosted
+        return Settings(**given)
     except InvalidRequest as error:
         parser.error(str(error))
 
@@ -94,22 +122,46 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--host", default=default.host, metavar="H", help="address to listen on")
     add("--port", default=default.port, type=int, metavar="P", help="port to listen on; 0 takes a free one")
-    add("--share", action="store_true", help="make a public share link")
+    add("--share", action="store_true", help="make a share link for strangers, with a login of its own")
     add("--auth", metavar="USER:PASSWORD", help="ask for this user and password")
+    add(
+        "--hosts",
+        default=(),
+        type=_names,
+        metavar="NAMES",
+        help="what else the page is called by, behind a proxy",
+    )
+    add("--no-browser", action="store_true", help="do not open the page in the browser")
+    add("--mcp", action="store_true", help="serve the endpoints as tools, too, for programs that speak MCP")
     for name, meaning in MEANINGS.items():
         flag, words = f"--{name.replace('_', '-')}", ", ".join(CHOICES[name])
         add(flag, default=getattr(default, name), metavar="X", help=f"{meaning}: {words}")
     add("--vram", type=float, metavar="GIB", help="use at most this much memory of the device")
     add("--models-dir", type=Path, metavar="DIR", help="where checkpoints are kept and looked for")
     add("--home", default=default.home, type=Path, metavar="DIR", help="where pictures and history go")
+    add(
+        "--fetch",
+        default=(),
+        type=_names,
+        metavar="NAMES",
+        help="catalogued checkpoints to download at the start, as sd15,sd3-medium",
+    )
     add("--offline", action="store_true", help="never use the network")
     add(
         "--compile",
         action="store_true",
         help="compile what networks repeat: a slower first picture, faster others",
     )
-    add("--public", action="store_true", help="strangers may come: only checkpoints of the catalogue")
+    add(
+        "--public",
+        action="store_true",
+        help="strangers may come: catalogued checkpoints only, within limits, to each their own pictures",
+    )
     return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _switch(parser: Parser, name: str, text: str) -> bool:
@@ -119,18 +171,37 @@ def _switch(parser: Parser, name: str, text: str) -> bool:
     return word in ON
 
 
-def check_port(settings: Settings) -> None:
-    """End with a clear line when the address cannot be had; Gradio wants the port on the loopback too."""
+def fail(message: str) -> NoReturn:
+    print(f"triptych: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def make_folder() -> str:
+    """A temporary folder, of this run only."""
+    try:
+        return tempfile.mkdtemp(prefix="triptych-")
+    except OSError as error:
+        fail(f"cannot make a temporary folder: {error}; name one that can be written to in TMPDIR")
+
+
+def check_mcp(settings: Settings) -> None:
+    if settings.mcp and find_spec("mcp") is None:
+        fail("--mcp needs another package; it comes with: pip install -r requirements-mcp.txt (or: make mcp)")
+
+
+def take_port(settings: Settings) -> int:
+    """The port to listen on. Ends with a clear line when the address cannot be had; Gradio wants the port on
+    the loopback too."""
+    port = settings.port
     for host in (settings.host, "127.0.0.1"):
         try:
-            probe(host, settings.port)
+            port = probe(host, port)
         except OSError as error:
-            print(
-                f"triptych: cannot listen on {host} port {settings.port} ({error.strerror or error}); "
-                "choose another with --port, 0 takes a free one",
-                file=sys.stderr,
+            fail(
+                f"cannot listen on {host} port {port} ({error.strerror or error}); "
+                "choose another with --port, 0 takes a free one"
             )
-            raise SystemExit(1) from None
+    return port
 
 
 def check_device(settings: Settings) -> None:
@@ -142,73 +213,22 @@ def check_device(settings: Settings) -> None:
 def probe(host: str, port: int) -> int:
     """Take the port for a moment, 0 for any free one → the port. Raises OSError."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as attempt:
-        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # elsewhere it means a port that was let go a moment ago, on Windows one that another program has
+        option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        attempt.setsockopt(socket.SOL_SOCKET, option, 1)
         attempt.bind((host, port))
         return attempt.getsockname()[1]
 
 
-def serve(settings: Settings, *, lent: bool = False) -> None:
-    """Run until a signal ends the program. Where the GPU is only `lent`, the demos are loaded first: what
-    is there before the launch is on the GPU whenever it comes."""
-    from gradio.tunneling import CURRENT_TUNNELS  # Gradio reads GRADIO_TEMP_DIR
-
-    from ui import blocks, theme
-    from ui.jobs import Jobs
-
-    studio = Studio(settings)
-    jobs = Jobs(studio)
-    if lent:
-        warm(studio, *catalog.FAMILIES, run=False)
-    demo = blocks.build(jobs)
-    demo.launch(
-        server_name=settings.host,
-        server_port=settings.port or probe(settings.host, 0),
-        share=settings.share,
-        auth=_login(settings.auth),
-        allowed_paths=[str(settings.home / "outputs")],
-        theme=theme.theme(),
-        css_paths=[theme.STYLE],
-        js=theme.PAGE.read_text(encoding="utf-8"),
-        favicon_path=theme.ICON,
-        footer_links=["api"],
-        run_history=False,
-        ssr_mode=False,
-        quiet=not settings.share,  # with a share link Gradio prints the local address before it asks for one
-        prevent_thread_lock=True,
-    )
-    if not settings.share:
-        print(f"Triptych is at {demo.local_url}", flush=True)
-    if not lent:
-        threading.Thread(target=warm, args=(studio, "sd15"), daemon=True, name="warm").start()
-    try:
-        while True:
-            time.sleep(3600)
-    finally:
-        jobs.close()
-        for tunnel in CURRENT_TUNNELS:
-            tunnel.kill()
-
-
-def warm(studio: Studio, *families: str, run: bool = True) -> None:
-    """Import torch and load the demos, of sd15 while the page is already up."""
-    for family in families:
-        try:
-            studio.warm(family, run=run)
-        # RuntimeError: what ZeroGPU shows as CUDA holds networks, but does not run all of them
-        except (TriptychError, RuntimeError) as error:
-            logging.getLogger("triptych").warning("the demo of %s could not be prepared: %s", family, error)
-
-
-def _login(auth: str | None) -> tuple[str, str] | None:
-    user, _, password = (auth or "").partition(":")
-    return (user, password) if auth else None
-
-
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a program without a console has none
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         main()
     except SystemExit as end:
         # At once: an orderly end waits for open pages, and aborts on a thread that is still inside torch.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(AttributeError, OSError):  # nobody reads it any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else 1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from backend.catalog import CATALOGUE
 from backend.errors import InvalidRequest
 from backend.requests import DTYPES, T5
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SWITCH = ("auto", "on", "off")
+HOST = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 # What each of these settings can be; "auto" leaves it to the plan.
 CHOICES = {
     "device": DEVICES,
@@ -29,7 +32,10 @@ CHOICES = {
 class Settings:
     """`vram` caps the memory budget, in GiB (on a CPU: of RAM). `home` holds outputs and history,
     `models_dir` the downloaded checkpoints and those named without a path (None: the hub's own cache).
-    `public` serves the catalogue's checkpoints alone. `compile` compiles what networks repeat.
+    `public` is for strangers: the catalogue's checkpoints alone, within limits. `compile` compiles what
+    networks repeat. `hosts` are further names that the page is called by, behind a proxy. `mcp` serves the
+    endpoints as tools of the Model Context Protocol. `fetch` names checkpoints to download at the start: on a
+    public server nothing else is.
 
     What saves memory, or else is the plan's to decide: `offload` keeps waiting networks in RAM ("model"), or
     their parts, too ("sequential"). `attention` is the kernel. Slicing attends to a part of the queries, or
@@ -41,6 +47,10 @@ class Settings:
     port: int = 7860
     share: bool = False
     auth: str | None = field(default=None, repr=False)  # USER:PASSWORD
+    hosts: tuple[str, ...] = ()
+    no_browser: bool = False
+    mcp: bool = False
+    fetch: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
     vram: float | None = None
@@ -61,6 +71,13 @@ class Settings:
         object.__setattr__(self, "home", Path(self.home).expanduser().absolute())
         if self.models_dir is not None:
             object.__setattr__(self, "models_dir", Path(self.models_dir).expanduser().absolute())
+        for name in self.hosts:
+            if not HOST.fullmatch(name):
+                raise InvalidRequest(f"hosts has {name!r}; it can be names such as studio.example.org")
+        known = [entry.name for entry in CATALOGUE if not entry.bundled]
+        for name in self.fetch:
+            if name not in known:
+                raise InvalidRequest(f"fetch has {name!r}; it can be {', '.join(known)}")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -220,10 +218,10 @@ def ram_bytes(
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):  # not Linux
-        total = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * GIB
-        )
-        free = total // 2
+        import psutil
+
+        memory = psutil.virtual_memory()
+        total, free = memory.total, memory.available
     limits = (
         _container(cgroup, "memory.max", "memory.current", ""),
         _container(cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
@@ -250,14 +248,12 @@ def anonymous_bytes() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except OSError:  # not Linux
         pass
-    if sys.platform == "win32":
-        return 0
-    import resource
+    import psutil
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "private", memory.rss)  # Windows alone tells the private ones
 
 
 def current_bytes(device: str) -> int:

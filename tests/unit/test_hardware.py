@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -48,6 +49,18 @@ def test_the_older_control_groups_limit_too(tmp_path: Path) -> None:
     assert ram_bytes(tmp_path / "meminfo", tmp_path) == (16 * GIB, 8 * GIB)
     written(tmp_path / "memory", memory__limit_in_bytes=f"{6 * GIB}\n")
     assert ram_bytes(tmp_path / "meminfo", tmp_path) == (6 * GIB, 5 * GIB)
+
+
+def test_where_there_are_no_files_of_linux_the_system_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = SimpleNamespace(total=32 * GIB, available=20 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert ram_bytes(tmp_path / "absent", tmp_path) == (32 * GIB, 20 * GIB)
+    monkeypatch.setattr(hardware, "Path", lambda _: tmp_path / "absent")
+    before = current_bytes("cpu")
+    held = b"x" * (64 << 20)
+    assert current_bytes("cpu") - before > len(held) // 2
 
 
 @pytest.mark.parametrize(
