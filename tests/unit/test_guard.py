@@ -26,7 +26,7 @@ FIXTURES = (server,)  # found here by pytest
     ],
 )  # fmt: skip
 def test_the_server_answers_to_its_own_names(server: Server, host: str) -> None:
-    server.guard.rules.names._names.add("studio.test")
+    server.guard.rules.names._local.add("studio.test")
     assert server.reaches("/", headers={"host": host})
 
 
@@ -56,6 +56,9 @@ def test_the_share_link_is_a_name_as_soon_as_it_is_known(tmp_path: Path) -> None
 def test_further_names_can_be_given(tmp_path: Path) -> None:
     server = Server(tmp_path, {"hosts": ["Studio.Example.org"]})
     assert server.reaches("/", headers={"host": "studio.example.org"})
+    # a proxy may call the server otherwise, and not say so
+    assert server.reaches("/config", headers={"origin": "https://studio.example.org"})
+    assert server.ask("/config", headers={"origin": "https://studio.example.com"}).status == 403
 
 
 def test_a_space_goes_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +80,7 @@ def test_a_space_goes_by_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_only_a_proxy_on_this_machine_is_believed(
     tmp_path: Path, peer: tuple[str, int], believed: bool
 ) -> None:
-    server = Server(tmp_path, {"hosts": ["studio.test"]})
+    server = Server(tmp_path, settings={"host": "studio.test"})
     told = {"x-forwarded-host": "studio.test", "x-forwarded-proto": "https", "origin": "https://studio.test"}
     assert server.reaches("/", headers=told, peer=peer) == believed
     del told["origin"]
@@ -202,6 +205,7 @@ def test_tools_are_there_where_they_are_wanted(server: Server) -> None:
     assert server.gradio.asked[-1][2] == message
     assert server.reaches("/gradio_api/mcp/", "DELETE")
     assert not server.reaches("/gradio_api/mcp/../info")
+    assert server.reaches("/gradio_api/mcp/", "POST", body=b"[" + message + b"]")
     theirs = b'{"params": {"arguments": {"images": [{"path": "/etc/passwd"}]}}}'
     assert not server.reaches("/gradio_api/mcp/", "POST", body=theirs)
 
@@ -251,7 +255,12 @@ def test_with_a_login_all_is_there(locked: Server, name: str) -> None:
 
 
 def test_what_needs_no_login(locked: Server) -> None:
-    for path in ("/favicon.ico", "/manifest.json", "/gradio_api/startup-events"):
+    for path in (
+        "/favicon.ico",
+        "/manifest.json",
+        "/static/triptych/icon-192.png",
+        "/gradio_api/startup-events",
+    ):
         assert locked.reaches(path)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser
 
 from backend import Settings
 from tests.guarded import (
@@ -26,8 +28,9 @@ from tests.guarded import (
     public,
     server,
 )
-from ui.guard.bodies import FILE, FILES, FORM, MOST_MARKS
+from ui.guard.bodies import FILE, FILES, FORM, MOST_MARKS, Parcel
 from ui.guard.files import Uploads
+from ui.i18n import ENGLISH
 
 FIXTURES = (server, public)  # found here by pytest
 
@@ -154,6 +157,7 @@ def form(*files: bytes, name: str = "files", filename: str = "a.png") -> bytes:
     return b"\r\n".join([*parts, b"--XX--\r\n"])
 
 
+SPOILT = Parcel("multipart/form-data; boundary=XX", ENGLISH).spoilt
 FORM_TYPE = {"content-type": "multipart/form-data; boundary=XX"}
 
 
@@ -186,7 +190,7 @@ def test_nothing_else_comes_in(server: Server, file: bytes) -> None:
     for before in ((), (PNG,)):
         answer = uploaded(server, form(*before, file))
         assert (answer.status, answer.content) == (415, b"Only PNG, JPEG and WebP pictures can be uploaded.")
-        assert server.gradio.asked[-1][2] == b"\r\n--XX!"  # at which Gradio removes what it has of it
+        assert server.gradio.asked[-1][2] == SPOILT
 
 
 def test_large_files_stop_on_their_way(server: Server) -> None:
@@ -228,7 +232,17 @@ def test_only_forms_come_in(server: Server, content_type: str) -> None:
 def test_of_an_upload_that_breaks_off_nothing_is_kept(server: Server) -> None:
     answer = uploaded(server, form(PNG)[:-20], end="cut")
     assert answer.status == 400
-    assert server.gradio.asked[-1][2].endswith(b"\r\n--XX!")
+    assert server.gradio.asked[-1][2].endswith(SPOILT)
+
+
+def test_whatever_has_come_in_of_a_spoilt_upload_gradio_gives_it_up() -> None:
+    """Only then it removes its files: of a form that merely ends it keeps the last."""
+    whole = form(PNG, JPEG)
+    for length in range(len(whole) - len(b"--\r\n")):
+        parser = MultipartParser(b"XX")
+        parser.write(whole[:length])
+        with pytest.raises(MultipartParseError):
+            parser.write(SPOILT)
 
 
 def test_uploads_are_seen_by_who_brought_them(server: Server, public: Server) -> None:

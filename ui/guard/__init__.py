@@ -8,6 +8,7 @@ headers that keep browsers from doing more with it than they should.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ def middleware(
 
     `share_url` tells the share link as soon as there is one; `hosts` are further names of this server.
     """
+    # It warns of each upload that is refused.
+    logging.getLogger("python_multipart.multipart").setLevel(logging.ERROR)
     return [Middleware(Guard, rules=Rules(settings, gallery, Names(settings, share_url, hosts)))]
 
 

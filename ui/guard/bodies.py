@@ -163,8 +163,9 @@ class Parcel:
 
     @property
     def spoilt(self) -> bytes:
-        """What makes Gradio's own parser give up, and remove what it has written."""
-        return b"\r\n--" + self.boundary + b"!"
+        """What makes Gradio's own parser give up, wherever it stands, and remove what it has written: the end
+        of a part, and a header that is none; twice, as the first may end headers and be content."""
+        return (b"\r\n--" + self.boundary + b"\r\n\x01") * 2
 
     def look(self, piece: bytes) -> None:
         """Raise Refused for what may not come in."""
@@ -216,17 +217,14 @@ class Parcel:
 # ---- calls
 
 
-def read(content: bytes) -> dict[str, Any]:
-    """The JSON object of a call. Raises Refused for anything else."""
+def read(content: bytes) -> Any:
+    """The JSON of a call. Raises Refused for what is none, or far too much of it."""
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS:
         raise Refused(413, "The request has too many parts.")
     try:
-        body = json.loads(content)  # as Gradio will: another reader might understand it otherwise
+        return json.loads(content)  # as Gradio will: another reader might understand it otherwise
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The request is no JSON.") from error
-    if not isinstance(body, dict):
-        raise Refused(400, "The request is no JSON object.")
-    return body
 
 
 def files(value: Any) -> Iterator[str]:

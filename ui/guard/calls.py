@@ -20,6 +20,7 @@ from backend import Settings
 from ui import i18n, visitors
 
 AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::(\d{1,5}))?", re.ASCII)
+UNKNOWN = "This server does not go by the name {}. If it should, name it with --hosts."
 ORIGIN = re.compile(r"https?://(.+)")
 
 
@@ -46,23 +47,24 @@ class Names:
     ) -> None:
         self.hosted, self.shared = "SPACE_ID" in os.environ, settings.share
         self._share_url = share_url
-        own = socket.gethostname()
-        names = (
-            *hosts,
-            settings.host,
-            own,
-            f"{own.partition('.')[0]}.local",
-            os.environ.get("SPACE_HOST", ""),
-        )
-        self._names = {"localhost", *(name.lower().rstrip(".") for name in names)} - {""}
+        machine = socket.gethostname()
+        local = ("localhost", settings.host, machine, f"{machine.partition('.')[0]}.local")
+        self._local = {name.lower().rstrip(".") for name in local}
+        given = (*hosts, os.environ.get("SPACE_HOST", ""))
+        self._given = {name.lower().rstrip(".") for name in given} - {""}
 
     def __contains__(self, host: str) -> bool:
         try:
             ipaddress.ip_address(host)
         except ValueError:
             hosted = self.hosted and host.endswith(".hf.space")
-            return host in self._names or hosted or host == self.share_host
+            return host in self._local or hosted or self.is_given(host)
         return True
+
+    def is_given(self, host: str) -> bool:
+        """Whether the name is this server's alone, whatever a proxy makes of it; a local one is shared with
+        other programs of this machine."""
+        return host in self._given or host == self.share_host
 
     @property
     def share_host(self) -> str | None:
@@ -154,7 +156,7 @@ class Call:
         for authority in (*told, *filter(None, [self.forwarded])):
             known = parted(authority)
             if known is None or known[0] not in self.names:
-                raise Refused(400, f"This server does not go by the name {authority!r:.80}.")
+                raise Refused(400, UNKNOWN.format(f"{authority!r:.80}"))
             own.add(known)
         return own
 
@@ -171,7 +173,8 @@ class Call:
         own = self.own
         for origin in self.headers.getlist("origin"):
             found = ORIGIN.fullmatch(origin)
-            if not found or parted(found[1]) not in own:
+            page = parted(found[1]) if found else None
+            if page is None or not (page in own or self.names.is_given(page[0])):
                 raise Refused(403, f"Pages of {origin!r:.80} may not use this server.")
         if self.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return

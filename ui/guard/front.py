@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend import Settings
 from backend.gallery import Gallery
-from ui.guard import bodies, signin
+from ui.guard import bodies, programs, signin
 from ui.guard.bodies import FILE, FILES, FORM, MIB, Body, Parcel
 from ui.guard.calls import Call, Names, Refused
 from ui.guard.files import Pictures, Tabs, Uploads, nothing, remove
@@ -29,7 +29,11 @@ LARGE = 1 << 16  # bytes: a larger call is read in a thread
 NAME = r"[\w-]{1,100}"
 # What is answered at all. These without a login, too: Gradio's launch asks for the last, and browsers fetch a
 # manifest without cookies.
-OPEN = re.compile(r"/(?:favicon\.ico|manifest\.json|pwa_icon|robots\.txt|gradio_api/startup-events)")
+OPEN = re.compile(
+    r"/(?:favicon\.ico|manifest\.json|pwa_icon|static/triptych/[\w-]+\.png|robots\.txt"
+    r"|gradio_api/startup-events)",
+    re.ASCII,
+)
 READ = re.compile(
     r"/logout|/config/?|/gradio_api/(?:(?:info|app_id|user|login_check)/?|queue/data|upload_progress"
     rf"|heartbeat/(?P<tab>[\w-]+)|call/(?:v2/)?{NAME}/(?P<event>[\w-]+))",
@@ -37,7 +41,7 @@ READ = re.compile(
 )
 FILES_OF_OURS = re.compile(r"/(?P<what>pictures/|thumbnails/|gradio_api/file=)(?P<name>.+)", re.DOTALL)
 CALL = re.compile(
-    rf"/gradio_api/(?P<what>queue/join|cancel|reset/?|call/(?:v2/)?(?P<name>{NAME})/?)", re.ASCII
+    rf"/gradio_api/(?P<what>queue/join|run/predict|cancel|reset/?|call/(?:v2/)?(?P<name>{NAME})/?)", re.ASCII
 )
 STREAMS = ("/gradio_api/queue/data", "/gradio_api/call/")
 MCP = re.compile(r"/gradio_api/mcp(?:/[\w/-]*)?", re.ASCII)
@@ -99,7 +103,7 @@ class Guard:
             return PlainTextResponse("User-agent: *\nDisallow: /\n")
         if reads and OPEN.fullmatch(call.path):
             return await self._pass(call, body.receive, leave)
-        if not call.logged_in:
+        if not call.logged_in and not (self._is_mcp(call) and programs.signed_in(call, self.rules.tries)):
             if reads and call.path == "/":
                 return signin.page(call)
             raise Refused(401, "Not authenticated")
@@ -153,15 +157,17 @@ class Guard:
         known = call.method in ("GET", "POST", "DELETE") and MCP.fullmatch(call.path)
         return self.rules.mcp and bool(known)
 
-    def _check_call(self, call: Call, given: dict[str, Any], what: str, name: str | None) -> None:
+    def _check_call(self, call: Call, given: Any, what: str, name: str | None) -> None:
         """Raise Refused for a call of what is not there, or in the name of another's page."""
+        if not isinstance(given, dict):
+            raise Refused(400, "The request is no JSON object.")
         app, tab = call.scope["app"], given.get("session_hash")
         if tab is not None:
             self.rules.tabs.check(tab, call.session)
         if given.get("batched"):
             raise Refused(400, "Calls are not taken in batches.")
         functions = app.get_blocks().fns
-        if what == "queue/join":
+        if what in ("queue/join", "run/predict"):  # the page asks so for events without a queue
             if tab in app.state_holder:
                 functions = app.state_holder[tab].blocks_config.fns
             index = given.get("fn_index")
@@ -206,10 +212,10 @@ class Guard:
         return answer
 
 
-async def _understood(content: bytes) -> tuple[dict[str, Any], list[str]]:
+async def _understood(content: bytes) -> tuple[Any, list[str]]:
     """A call, and the files that it names."""
 
-    def understand() -> tuple[dict[str, Any], list[str]]:
+    def understand() -> tuple[Any, list[str]]:
         given = bodies.read(content)
         return given, list(bodies.files(given))
 
