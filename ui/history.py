@@ -27,6 +27,7 @@ PAGE = 48  # pictures at once: rows of two, three, four, six and eight are all f
 MOST_NAMES, MOST_LETTERS = 8, 40  # of fields that a text has and nobody here knows
 MOST_ALT = 120  # letters of a prompt that are read out
 SCRIPT = (ASSETS / "history.js").read_text(encoding="utf-8")
+ISOLATED = "\u2066", "\u2069"  # what is between them runs from left to right in every language
 POINTS = {"de": ".", "it": "."}  # between thousands; elsewhere a comma
 
 log = logging.getLogger("triptych")
@@ -240,10 +241,11 @@ class Sheet:
         if not self.entries:
             return '<nav class="pages"></nav>'
         last = self.start + len(self.entries)
+        before, after = ISOLATED if t.code == "ar" else ("", "")
         where = t(
             "{first}–{last} of {count}",
-            first=number(self.start + 1, t),
-            last=number(last, t),
+            first=before + number(self.start + 1, t),
+            last=number(last, t) + after,
             count=number(self.count, t),
         )
         newer = _button(t("Newer"), deed="page", start=self.start - PAGE, disabled=self.start == 0)
