@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,22 @@ def test_one_who_has_many_addresses_is_one() -> None:
     let = [tries.begin(f"2001:db8:1:2::{number:x}") == 0 for number in range(10)]
     assert let == [True] * FREE + [False] * 5
     assert tries.begin("2001:db8:1:3::1") == 0
+
+
+def test_programs_may_bring_user_and_password_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    server = Server(tmp_path, settings={"auth": "me:a:b", "mcp": True})
+    server.gradio.auth = {"me": "a:b"}
+
+    def bring(told: str, path: str = "/gradio_api/mcp/") -> int:
+        basic = base64.b64encode(told.encode()).decode()
+        return server.ask(path, headers={"authorization": f"Basic {basic}"}).status
+
+    assert bring("me:a:b") == 200
+    assert bring("me:a:b", "/config") == 401  # only for those
+    wrong = ["me:a", "me", "", "me:a:b\n", "you:a:b"]
+    assert [bring(told) for told in wrong] == [401] * FREE
+    assert bring("me:a:b") == 429
 
 
 def test_what_is_remembered_of_tries_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
