@@ -38,6 +38,11 @@ const detailsOf = (tile) => {
   return details.childNodes;
 };
 
+// In the shape of a picture that has arrived: its settings may tell another, as those of a grid do.
+const shape = (box, picture) => {
+  box.style.setProperty('--ratio', (picture.naturalWidth / picture.naturalHeight).toFixed(4));
+};
+
 // ---- the viewer
 
 const show = (tile) => {
@@ -60,6 +65,8 @@ const show = (tile) => {
 
 const view = (tile) => {
   furnish(viewer);
+  const picture = viewer.querySelector('.picture img');
+  picture.addEventListener('load', () => shape(picture, picture));
   name = null;
   show(tile);
   viewer.showModal();
@@ -131,9 +138,8 @@ const compare = (left, right) => {
     image.alt = picture.alt;
   }
   both.style.setProperty('--ratio', left.ratio);
-  both.querySelector('.under').addEventListener('load', ({target}) => {
-    both.style.setProperty('--ratio', (target.naturalWidth / target.naturalHeight).toFixed(4));
-  });
+  const under = both.querySelector('.under');
+  under.addEventListener('load', () => shape(both, under));
   const sides = [...comparison.querySelectorAll('.details')];
   [left, right].forEach((picture, index) => sides[index].replaceChildren(...picture.details));
   differing(sides);
