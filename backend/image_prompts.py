@@ -8,7 +8,7 @@ import hashlib
 import io
 import stat
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +63,22 @@ class ImagePrompt:
             reason = getattr(error, "strerror", None) or "it is damaged"
             raise InvalidRequest(f"{name} is {shown}, which cannot be read: {reason}") from error
         origin = str(value) if not isinstance(value, Image.Image) and not _is_data(value) else None
-        content = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
-        return cls(digest=content, origin=origin, picture=picture)
+        return cls(digest=_digest(picture), origin=origin, picture=picture)
+
+    def within(self, side: int) -> ImagePrompt:
+        """No side longer than so many pixels: it stays in memory for as long as its request waits."""
+        if max(self.picture.size) <= side:
+            return self
+        small = self.picture.copy()
+        small.thumbnail((side, side))
+        return replace(self, digest=_digest(small), picture=small)
 
     def __str__(self) -> str:
         return self.origin or f"picture {self.digest}"
+
+
+def _digest(picture: Image) -> str:
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:16]
 
 
 def _shown(value: Any) -> str:

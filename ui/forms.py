@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from gradio.utils import get_upload_folder
 
 from backend.errors import InvalidRequest
-from backend.requests import REQUESTS, Request
+from backend.public import MOST_SIDE
+from backend.requests import REQUESTS, Request, StableCascadeRequest
 
 
 def build(family: type[Request], values: Mapping[str, Any], *, public: bool = False) -> Request:
@@ -22,7 +23,10 @@ def build(family: type[Request], values: Mapping[str, Any], *, public: bool = Fa
         given["images"] = tuple(
             _file(f"images[{index}]", value, public=public) for index, value in enumerate(given["images"])
         )
-    return family(**given)
+    request = family(**given)
+    if public and isinstance(request, StableCascadeRequest):
+        request = replace(request, images=tuple(image.within(MOST_SIDE) for image in request.images))
+    return request
 
 
 def _file(name: str, value: Any, *, public: bool) -> Any:

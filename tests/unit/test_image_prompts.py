@@ -235,6 +235,15 @@ def test_the_largest_picture_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
         read(noise(60, 41))
 
 
+def test_one_that_waits_for_long_is_made_smaller() -> None:
+    large = read(noise(60, 30))
+    assert large.within(60) is large
+    small = large.within(40)
+    assert small.picture.size == (40, 20)
+    assert small != large
+    assert large.picture.size == (60, 30)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_random_damage_never_escapes(tmp_path: Path) -> None:
     """Whatever decoders raise, it is an InvalidRequest."""
