@@ -291,18 +291,25 @@ class Sheet:
 
     def _connect_kept(self) -> None:
         """Remember the settings in the browser, from when they have been filled in."""
-        lasting = {name: each for name, each in self.controls.by_field.items() if name not in NOT_KEPT}
-        name = json.dumps(self.family.family)
-        changes = [each.change for each in lasting.values()]  # pyright: ignore[reportAttributeAccessIssue]
-        js = KEEP % (json.dumps([*lasting]), name)
-        gr.on(changes, None, [*lasting.values(), self.kept], self.kept, js=js, **QUIET)
+        changes = [each.change for each in self._lasting.values()]  # pyright: ignore[reportAttributeAccessIssue]
+        gr.on(changes, None, [*self._lasting.values(), self.kept], self.kept, js=self._keep, **QUIET)
+
+    @property
+    def _lasting(self) -> Fields:
+        return {name: each for name, each in self.controls.by_field.items() if name not in NOT_KEPT}
+
+    @property
+    def _keep(self) -> str:
+        return KEEP % (json.dumps([*self._lasting]), json.dumps(self.family.family))
 
     def load(self, demo: gr.Blocks) -> None:
         """When the page comes, or comes back: its language, the settings as they were, the jobs."""
         easel = self.easel
         outputs = [easel.canvas, easel.status, *self.settings_outputs]
         filled = demo.load(self.greet, self.kept, outputs, **QUIET)
-        filled.then(None, js=READY % json.dumps(self.family.family), **QUIET)
+        ready = filled.then(None, js=READY % json.dumps(self.family.family), **QUIET)
+        typed = [*self._lasting.values(), self.kept]  # it may have been while the page came
+        ready.then(None, typed, self.kept, js=self._keep, **QUIET)
         filled.then(self.desk.watch, None, easel.outputs, **LISTENING)
 
     def _field(self, name: str) -> Any:

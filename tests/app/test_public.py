@@ -44,8 +44,9 @@ def test_caps_hold_on_the_server(stranger: Client, asked: dict[str, Any], messag
     told = str(caught.value)
     assert "/home" not in told
     assert "Traceback" not in told
-    with pytest.raises(AppError, match=message):
-        stranger.predict("sd15", QUICK | asked, api_name="/plan")
+    if asked != {"checkpoint": "sd15"}:  # which is not here, but can be planned
+        with pytest.raises(AppError, match=message):
+            stranger.predict("sd15", QUICK | asked, api_name="/plan")
 
 
 def test_a_stranger_waits_with_a_few_and_others_have_their_turn(strangers: Server, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_each_sees_their_own_pictures(browser: Browser, strangers: Server) -> No
         prompt(page).fill("a yellow tent, mine alone")
         generate(page)
         page.get_by_role("tab", name="History").click()
-        expect(page.get_by_role("tabpanel").locator("img").first).to_be_visible()
+        expect(page.locator("img[src^=thumbnails]:visible").first).to_be_visible()
         page.get_by_role("tab", name="Models").click()
         expect(page.locator(".models")).to_contain_text("Postcards")
         expect(page.locator(".models")).not_to_contain_text("This machine")
@@ -78,7 +79,7 @@ def test_each_sees_their_own_pictures(browser: Browser, strangers: Server) -> No
         expect(page.locator(".canvas").first).to_have_attribute("data-state", "idle")
         page.get_by_role("tab", name="History").click()
         page.wait_for_timeout(1000)
-        assert page.get_by_role("tabpanel").locator("img").count() == 0
+        assert page.locator("img[src^=thumbnails]:visible").count() == 0
         assert "yellow tent" not in page.content()
 
 
