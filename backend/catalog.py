@@ -41,6 +41,7 @@ class CatalogueEntry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, float] = field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gated: bool = False  # given to those alone who accepted the licence on its page
 
     @property
     def bundled(self) -> bool:
@@ -92,6 +93,7 @@ def _sd3(
             "text_encoder_3": 4762.3,
         },
         configs={"transformer": config} if config else {},
+        gated=True,
     )
 
 

@@ -11,9 +11,10 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from backend import catalog
@@ -64,14 +65,13 @@ class _Job:
     entry: CatalogueEntry
     state: str = WAITING
     stop: threading.Event = field(default_factory=threading.Event)
-    amount: Amount = NOTHING
+    measure: Callable[[], Amount] = lambda: NOTHING
     part: str = ""
     error: str = ""
     looks: tuple[tuple[float, int], ...] = ()  # when, bytes here
 
-    def look(self, amount: Amount, part: str) -> None:
-        self.amount, self.part = amount, part
-        self.looks = (*self.looks[1 - WINDOW :], (time.monotonic(), amount.here))
+    def look(self) -> None:
+        self.looks = (*self.looks[1 - WINDOW :], (time.monotonic(), self.measure().here))
 
     @property
     def speed(self) -> float:
@@ -84,12 +84,16 @@ class _Job:
 
     @property
     def told(self) -> Download:
+        try:
+            amount = self.measure()  # by its files: while the hub is silent, too
+        except (TriptychError, OSError):  # it changes meanwhile
+            amount = NOTHING
         return Download(
             family=self.entry.family,
             name=self.entry.name,
             state=self.state,
-            here_bytes=self.amount.here,
-            total_bytes=self.amount.total,
+            here_bytes=amount.here,
+            total_bytes=amount.total,
             part=self.part,
             speed=self.speed,
             error=self.error,
@@ -149,17 +153,18 @@ class Downloads:
         entry = catalog.entry(family, name)
         if entry is None or not any(repository.begun() for repository in self._repositories(entry)):
             return None
-        try:
-            source = resolve(name, family, self.studio.settings)
-            amount = self._amount(source, self._needs(entry))
-        except TriptychError:  # it can be gone on with, though how far it is cannot be told
-            amount = NOTHING
-        return _Job(entry, PAUSED, amount=amount).told
+        return _Job(entry, PAUSED, measure=lambda: self._measured(entry)).told
 
     def working(self) -> bool:
         """Whether anything is being downloaded, or waits for it."""
         with self._lock:
             return any(job.state in (WAITING, RUNNING) for job in self._jobs.values())
+
+    def line(self) -> list[str]:
+        """The names of what is being downloaded, and of what waits, in their order."""
+        with self._lock:
+            busy = [self._busy] if self._busy and self._busy.state == RUNNING else []
+            return [job.entry.name for job in (*busy, *self._line)]
 
     def idle(self) -> bool:
         """Whether the thread has come to rest; what was paused may take a moment."""
@@ -246,17 +251,18 @@ class Downloads:
     def _run(self, job: _Job, stop: threading.Event) -> None:
         entry, settings = job.entry, self.studio.settings
         source, needs = resolve(entry.name, entry.family, settings), self._needs(entry)
+        job.measure = partial(_amount, source, needs)
         for weights in (False, True):  # the small files of all come first, and tell what there is to come
             looked = 0.0
             with closing(_fetched(source, needs, weights=weights)) as events:
                 for event in events:
                     if stop.is_set():
                         return
+                    job.part = event.component
                     if time.monotonic() - looked >= LOOK:
                         looked = time.monotonic()
-                        job.look(self._amount(source, needs), event.component)
-            amount = self._amount(source, needs)
-            job.look(amount, "")
+                        job.look()
+            amount = job.measure()
             free = shutil.disk_usage(cache_folder(settings.models_dir)).free
             if amount.total - amount.here > free:
                 raise CheckpointError(
@@ -268,12 +274,17 @@ class Downloads:
         """The components that a picture on this machine is made with, by the dtype that suits them."""
         return self.studio.needs(REQUESTS[entry.family](checkpoint=entry.name))
 
-    def _amount(self, source: Source, needs: dict[str, list[str]]) -> Amount:
-        parts = [source.amount(names, dtype) for dtype, names in needs.items()]
-        total = sum(part.total for part in parts) if all(part.total for part in parts) else 0
-        return Amount(sum(part.here for part in parts), total)
+    def _measured(self, entry: CatalogueEntry) -> Amount:
+        return _amount(resolve(entry.name, entry.family, self.studio.settings), self._needs(entry))
 
 
 def _fetched(source: Source, needs: dict[str, list[str]], *, weights: bool) -> Generator[Loading]:
     for dtype, names in needs.items():
         yield from source.fetch(names, dtype, weights=weights)
+
+
+def _amount(source: Source, needs: dict[str, list[str]]) -> Amount:
+    """How much is here of what the checkpoint needs."""
+    parts = [source.amount(names, dtype) for dtype, names in needs.items()]
+    total = sum(part.total for part in parts) if all(part.total for part in parts) else 0
+    return Amount(sum(part.here for part in parts), total)

@@ -1,221 +1,215 @@
-"""The Models tab: what the machine has, what is loaded and where, which checkpoints are known by name."""
+"""The Models tab: what the machine has, what is loaded and where, which checkpoints there are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 from backend import Hardware, Studio, catalog
-from backend.catalog import CatalogueEntry
+from backend.downloads import WAITING, Downloads
 from backend.errors import TriptychError
 from backend.manager import LoadedPart
-from backend.weights.base import keys_of
-from backend.weights.source import resolve
-from ui import memory, render, words
+from ui import checkpoints, i18n, memory, words
+from ui.checkpoints import answer, button, table
+from ui.i18n import ENGLISH, Tongue, label
+from ui.theme import ASSETS
 
 EVERYTHING = ""  # as a key: all that is not in use
-# A click on a button that bears a key, and on nothing else.
-FREE = """element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-key]');
-  if (button) { button.disabled = true; trigger('click', {key: button.dataset.key}); }
-});"""
-# The button that was pressed is gone: the line that says what came of it is where the keyboard goes on.
-TOLD = "() => requestAnimationFrame(() => document.querySelector('.models .told')?.focus())"
+SCRIPT = (ASSETS / "models.js").read_text(encoding="utf-8")
 KINDS = {"cpu": "Processor", "cuda": "Graphics card", "mps": "Graphics processor"}
 ALLOWS = {"bf16": "16 bit (bfloat16)", "fp8": "8 bit (fp8)"}
-NATIVE = "bfloat16"  # 16 bits, in which the catalogue's sizes are given
 
 
-def tab(studio: Studio) -> None:
-    """The tab, filled anew whenever it is opened."""
+def tab(studio: Studio, downloads: Downloads) -> None:
+    """The tab, filled anew whenever it is opened. Strangers only see which checkpoints there are."""
     quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    with gr.Tab("Models", id="models") as opened:
-        page = gr.HTML(elem_classes="models-page", js_on_load=FREE)
-        again = gr.Button("Look again", size="sm", elem_classes="quiet look-again")
-    gr.on([opened.select, again.click], lambda: shown(studio), None, page, **quiet)
-    if not studio.settings.public:
-        freed = page.click(freeing(studio), None, page, **quiet)
-        freed.then(None, js=TOLD, **quiet)
+    public = studio.settings.public
+    with gr.Tab(label("Models"), id="models") as opened:
+        page = gr.HTML(elem_classes="models-page", js_on_load=SCRIPT, visible=not public)
+        shelf = gr.HTML(elem_classes="models-page", js_on_load=SCRIPT)
+        own = gr.HTML(elem_classes="models-page", js_on_load=None, visible=not public)
+        again = gr.Button(label("Look again"), size="sm", elem_classes="quiet look-again")
+
+    def look(asker: gr.Request) -> tuple[str, str, str]:
+        t = i18n.of(asker)
+        return (
+            shown(studio, t),
+            checkpoints.shelf(studio, downloads, t),
+            checkpoints.own(studio.settings, t),
+        )
+
+    gr.on([opened.select, again.click], look, None, [page, shelf, own], **quiet)
+    if public:
+        return
+
+    def refresh(asker: gr.Request) -> str:
+        return checkpoints.shelf(studio, downloads, i18n.of(asker))
+
+    page.click(freeing(studio), None, page, **quiet)
+    shelf.click(acting(studio, downloads), None, [page, shelf], **quiet)
+    shelf.tick(refresh, None, shelf, **quiet)  # models.js asks, while something is downloaded and seen
 
 
-def freeing(studio: Studio) -> Callable[[gr.EventData], str]:
+def freeing(studio: Studio) -> Callable[[gr.EventData, gr.Request], str]:
     """The handler of the Free buttons."""
 
-    def free(event: gr.EventData) -> str:
-        return shown(studio, freed(studio, _key(event)))
+    def free(event: gr.EventData, asker: gr.Request) -> str:
+        t, key = i18n.of(asker), _said(event, "key")
+        return shown(studio, t, freed(studio, key, t), key or "")
 
     return free
 
 
-def _key(event: gr.EventData) -> str | None:
+def acting(studio: Studio, downloads: Downloads) -> Callable[[gr.EventData, gr.Request], tuple[str, str]]:
+    """The handler of the buttons at the checkpoints."""
+
+    def act(event: gr.EventData, asker: gr.Request) -> tuple[str, str]:
+        t, key = i18n.of(asker), _said(event, "key") or ""
+        told = acted(downloads, _said(event, "do"), key, t)
+        return shown(studio, t), checkpoints.shelf(studio, downloads, t, told, key)
+
+    return act
+
+
+def _said(event: gr.EventData, name: str) -> str | None:
     """What the button bears; whoever posts to the handler by other ways may send anything."""
     data = event._data
-    key = data.get("key") if isinstance(data, dict) else None
-    return key if isinstance(key, str) else None
+    value = data.get(name) if isinstance(data, dict) else None
+    return value if isinstance(value, str) else None
 
 
-def freed(studio: Studio, key: str | None) -> str:
+def freed(studio: Studio, key: str | None, t: Tongue = ENGLISH) -> str:
     """Free what the key names → what came of it, in words. In public mode nothing: strangers would take away
     what others wait for."""
     if studio.settings.public:
-        return "On this public server nothing is freed from the page."
+        return t("On this public server nothing is freed from the page.")
     parts = {part.key: part for part in studio.loaded()}
     if key == EVERYTHING:
         studio.free(None)
         left = sum(part.lent for part in studio.loaded())
-        return "Freed what was not in use." if left else "Freed everything."
+        return t("Freed what was not in use.") if left else t("Freed everything.")
     part = parts.get(key) if key is not None else None
     if part is None:
-        return "That is no longer loaded."
-    name = words.the_part(part.name)
+        return t("That is no longer loaded.")
+    name = words.the_part(part.name, t)
     if studio.free(part.key):
-        return f"Freed {name}: {words.size(part.bytes)}."
-    return f"Not freed: a picture is being made with {name}."
+        return t("Freed {part}: {size}.", part=name, size=words.size(part.bytes))
+    return t("Not freed: a picture is being made with {part}.", part=name)
 
 
-def shown(studio: Studio, told: str = "") -> str:
-    """All that the tab says, as HTML."""
+def acted(downloads: Downloads, act: str | None, key: str, t: Tongue = ENGLISH) -> str:
+    """Begin, pause or remove the checkpoint that the key names → what came of it, in words."""
+    family, _, name = key.partition("/")
+    entry = catalog.entry(family, name)
+    title = entry.title if entry else name
+    try:
+        if act == "start":
+            downloads.start(family, name)
+            status = downloads.status(family, name)
+            if status is not None and status.state == WAITING and len(downloads.line()) > 1:
+                return t("{title} is downloaded when those before it are here.", title=title)
+            return t("{title} is being downloaded.", title=title)
+        if act == "pause":
+            downloads.pause(family, name)
+            return t("The download of {title} is paused; it goes on from there.", title=title)
+        if act == "remove":
+            size = words.size(downloads.remove(family, name))
+            return t("Removed {title}: {size} are free.", title=title, size=size)
+    except TriptychError as error:
+        return t.told(str(error))
+    return t("That is nothing that can be done here.")
+
+
+def shown(studio: Studio, t: Tongue = ENGLISH, told: str = "", about: str = "") -> str:
+    """The machine and what is in its memory, as HTML; `told` is what came of a click on the button whose key
+    is `about`."""
+    if studio.settings.public:
+        return ""
     try:
         hardware, budget, parts = studio.hardware(), studio.budget_bytes(), studio.loaded()
     except TriptychError as error:
-        return f'<section class="models"><p class="problem" role="alert">{escape(str(error))}</p></section>'
-    line = f'<p class="told" role="status" tabindex="-1">{escape(told)}</p>' if told else ""
+        problem = escape(t.told(str(error)))
+        return f'<section class="models"><p class="problem" role="alert">{problem}</p></section>'
     return (
-        f'<section class="models"><h2>This machine</h2>{machine(hardware, budget)}'
-        f"<h2>In memory</h2>{line}{loaded(parts, public=studio.settings.public)}"
-        f"<h2>Checkpoints</h2>{''.join(_family(studio, family) for family in catalog.FAMILIES)}</section>"
+        f'<section class="models"><h2>{t("This machine")}</h2>{machine(hardware, budget, t)}'
+        f"<h2>{t('In memory')}</h2>{answer(told, about)}{loaded(parts, t)}</section>"
     )
 
 
 # ---- the machine
 
 
-def machine(hardware: Hardware, budget: int) -> str:
+def machine(hardware: Hardware, budget: int, t: Tongue = ENGLISH) -> str:
     """Device and memory, as a list of facts."""
     device = hardware.device
-    facts = [(KINDS.get(device, device), escape(hardware.name))]
+    facts = [(t.told(KINDS.get(device, device)), escape(hardware.name))]
     if device != "cpu":
-        facts.append(("Its memory", _room(hardware.total_bytes, hardware.free_bytes)))
-    facts.append(("RAM", _room(hardware.ram_bytes, hardware.ram_free_bytes)))
-    facts.append(("For pictures", f"{words.size(budget)} may be used now"))
-    facts.append(("Runs fast here", escape(", ".join(ALLOWS.get(what, what) for what in hardware.allows))))
+        facts.append((t("Its memory"), _room(hardware.total_bytes, hardware.free_bytes, t)))
+    facts.append((t("RAM"), _room(hardware.ram_bytes, hardware.ram_free_bytes, t)))
+    facts.append((t("For pictures"), t("{size} may be used now", size=words.size(budget))))
+    fast = ", ".join(t.told(ALLOWS.get(what, what)) for what in hardware.allows)
+    facts.append((t("Runs fast here"), escape(fast)))
     facts += [
-        (f"Also {escape(card.device)}", f"{escape(card.name)} {_room(card.total_bytes, card.free_bytes)}")
+        (
+            escape(t("Also {device}", device=card.device)),
+            f"{escape(card.name)} {_room(card.total_bytes, card.free_bytes, t)}",
+        )
         for card in hardware.others
     ]
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{fact}</dd>' for name, fact in facts if fact)}</dl>"
 
 
-def _room(total: int, free: int) -> str:
+def _room(total: int, free: int, t: Tongue) -> str:
     taken = round(100 * (total - free) / total, 1) if total else 0
-    return f"{memory.gauge(taken)} {words.share(free, total)} free"
+    return f"{memory.gauge(taken)} {t('{share} free', share=words.share(free, total, t))}"
 
 
 # ---- what is loaded
 
 
-def loaded(parts: Sequence[LoadedPart], *, public: bool) -> str:
-    """A row a part, the largest first, with a button that frees it unless strangers look."""
+def loaded(parts: Sequence[LoadedPart], t: Tongue = ENGLISH) -> str:
+    """A row a part, the largest first, with a button that frees it."""
     if not parts:
-        return "<p>Nothing: what a picture needs is loaded when it is asked for, and stays if it may.</p>"
-    heads = ("Part", "Checkpoint", "Precision", "Where", "Size", *(() if public else ("",)))
-    rows = (_loaded(part, public) for part in sorted(parts, key=lambda part: -part.bytes))
-    total = f"{words.size(sum(part.bytes for part in parts))} in all."
-    everything = "" if public else f' <button type="button" data-key="{EVERYTHING}">Free everything</button>'
-    return f"{_table(heads, rows)}<p>{total}{everything}</p>"
+        nothing = t("Nothing: what a picture needs is loaded when it is asked for, and stays if it may.")
+        return f"<div><p>{nothing}</p></div>"
+    columns = ("part", "checkpoint", "precision", "where", "size", "do")
+    heads = (t("Part"), t("Checkpoint"), t("Precision"), t("Where"), t("Size"), "")
+    rows = [_loaded(part, t) for part in sorted(parts, key=lambda part: -part.bytes)]
+    total = t("{size} in all.", size=words.size(sum(part.bytes for part in parts)))
+    everything = button(t("Free everything"), t("Free everything"), "free", EVERYTHING)
+    return f"<div>{table(columns, heads, rows)}<p><bdi>{total}</bdi> {everything}</p></div>"
 
 
-def _loaded(part: LoadedPart, public: bool) -> list[str]:
-    name = escape(words.part(part.name))
-    row = [
-        f"{memory.swatch(part.name)}{name}",
-        _checkpoint(part),
-        escape(words.precision(part.precision)),
-        escape(_where(part)),
+def _loaded(part: LoadedPart, t: Tongue) -> list[str]:
+    name, owner = words.the_part(part.name, t), _checkpoint(part)
+    text = t("Free {part} of {checkpoint}", part=name, checkpoint=owner)
+    free = t("in use") if part.lent else button(t("Free"), text, "free", part.key)
+    return [
+        f"{memory.swatch(part.name)}{escape(words.part(part.name, t))}",
+        escape(owner),
+        escape(words.precision(part.precision, t)),
+        escape(_where(part, t)),
         words.size(part.bytes),
+        free,
     ]
-    label = f"Free {escape(words.the_part(part.name))} of {_checkpoint(part)}"
-    button = f'<button type="button" data-key="{escape(part.key)}" aria-label="{label}">Free</button>'
-    return row if public else [*row, "in use" if part.lent else button]
 
 
 def _checkpoint(part: LoadedPart) -> str:
     """Every family has a demo."""
     title = catalog.FAMILIES[part.family].title if part.family in catalog.FAMILIES else ""
-    return escape(f"{part.checkpoint}, {title}" if part.checkpoint == "demo" else part.checkpoint)
+    return f"{part.checkpoint}, {title}" if part.checkpoint == "demo" else part.checkpoint
 
 
-def _where(part: LoadedPart) -> str:
+def _where(part: LoadedPart, t: Tongue) -> str:
     if part.where == "RAM":
-        return "in RAM, waiting" if part.placement == "swapped" else "in RAM"
+        return t("in RAM, waiting") if part.placement == "swapped" else t("in RAM")
     if part.where == "cpu":
-        return "in RAM"
+        return t("in RAM")
     if part.where == "file":
-        return "in its file"
-    card = "on the card" if part.where in ("cuda", "mps", "cuda:0") else f"on {part.where}"
-    return f"{card}, streamed" if part.placement == "streamed" else card
-
-
-# ---- checkpoints
-
-
-@dataclass(frozen=True)
-class Known:
-    """A catalogued checkpoint: its parts, their bytes at 16 bits, and which of them are not here."""
-
-    entry: CatalogueEntry
-    parts: tuple[str, ...]
-    bytes: int
-    lacking: tuple[str, ...]
-
-    @classmethod
-    def of(cls, studio: Studio, entry: CatalogueEntry) -> Known:
-        """Lite stages count neither way: they stand in for the full ones. Raises CheckpointError for one that
-        is damaged."""
-        source, keys = resolve(entry.name, entry.family, studio.settings), keys_of(entry.family)
-        full = (name for name in keys.COMPONENTS if name not in keys.LITE.values())
-        parts = tuple(name for name in full if source.has(name))
-        size = sum(source.parameter_bytes(name, NATIVE) for name in parts)
-        return cls(entry, parts, size, tuple(name for name in parts if not source.present([name], NATIVE)))
-
-    @property
-    def here(self) -> str:
-        if self.entry.bundled:
-            return "comes with Triptych"
-        if not self.lacking:
-            return "here"
-        if self.lacking == self.parts:
-            return "not downloaded"
-        return f"here, but for {', '.join(map(words.the_part, self.lacking))}"
-
-
-def _family(studio: Studio, family: str) -> str:
-    rows = [_row(studio, entry) for entry in catalog.entries(family)]
-    table = _table(("Name", "Size", "Licence", "On this machine"), rows)
-    return f"<h3>{escape(catalog.FAMILIES[family].title)}</h3>{table}"
-
-
-def _row(studio: Studio, entry: CatalogueEntry) -> list[str]:
-    title = render.linked(entry.title, entry.url)
-    try:
-        known = Known.of(studio, entry)
-        size, here = words.size(known.bytes), known.here
-    except TriptychError as error:
-        size, here = "", str(error)
-    return [f"{title}<small>{escape(entry.name)}</small>", size, escape(entry.licence), escape(here)]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML; each bears its column's name, for the narrow page where a row becomes a card."""
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in zip(heads, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return t("in its file")
+    first = part.where in ("cuda", "mps", "cuda:0")
+    card = t("on the card") if first else t("on {device}", device=part.where)
+    return t("{where}, streamed", where=card) if part.placement == "streamed" else card

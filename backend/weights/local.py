@@ -244,7 +244,7 @@ def _described(name: str, size: int, told: _Told) -> Local:
         return Local(name=name, what=what, bytes=size, problem=told.problem)
     family = told.kind if told.kind in catalog.FAMILIES else None
     titles = ", ".join(TITLES.get(each, each) for each in told.lacks)
-    note = f"without {titles}: “Configuration from” must name a checkpoint that has the rest"
+    note = f"without {titles}: set config_from to a checkpoint that has the rest"
     return Local(name=name, what=what, bytes=size, family=family, note=note if told.lacks else "")
 
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ HELD = 1_000_000  # bytes of a file that come before the gate is open
 
 
 @pytest.fixture
-def published(server: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def published(server: Hub, folder: Path) -> Iterator[Hub]:
     """The hub with a tiny checkpoint under the name of the published one."""
     server.folders[SD15] = folder
-    monkeypatch.setattr(downloads, "LOOK", 0.0)
     yield server
     server.gate.set()
 
@@ -140,7 +140,8 @@ def test_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.told.seconds_left is None
     for second in range(30):
         now[0] = 100.0 + second
-        job.look(downloads.Amount(1000 * second, 50_000), "unet")
+        job.measure = partial(downloads.Amount, 1000 * second, 50_000)
+        job.look()
     assert job.told.speed == 1000
     assert job.told.seconds_left == 21
     now[0] += 2 * downloads.STALLED

@@ -137,12 +137,12 @@ class Handler(BaseHTTPRequestHandler):
         if body and self.hub.break_after is not None and len(content) > self.hub.break_after:
             content, self.hub.break_after = content[: self.hub.break_after], None
             self.close_connection = True
-        if body and self.hub.hold_after is not None and len(content) > self.hub.hold_after:
-            self.wfile.write(content[: self.hub.hold_after])
-            content = content[self.hub.hold_after :]
-            self.hub.gate.wait(60)
-        if body:
-            with suppress(OSError):  # nobody waits for it any more
+        with suppress(OSError):  # nobody waits for it any more
+            if body and self.hub.hold_after is not None and len(content) > self.hub.hold_after:
+                self.wfile.write(content[: self.hub.hold_after])
+                content = content[self.hub.hold_after :]
+                self.hub.gate.wait(60)
+            if body:
                 self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002

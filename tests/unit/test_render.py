@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from backend import Hardware, Settings, Studio, catalog
+from backend.downloads import FAILED, PAUSED, RUNNING, WAITING, Download, Downloads
 from backend.events import Result, Step
 from backend.manager import LoadedPart
 from backend.memory.hardware import GIB
 from backend.memory.plan import TITLES, Plan, PlannedComponent, PlannedPhase
-from ui import memory, models, render, words
+from backend.weights import local
+from ui import checkpoints, memory, models, render, words
 
 MIB = 2**20
 
@@ -279,30 +281,141 @@ def test_parts_are_freed() -> None:
     assert "in use" in models.shown(studio)
 
 
+NOBODY = models.gr.Request()
+
+
 @pytest.mark.parametrize("data", [None, 5, [], "x", {"key": None}, {"key": 5}, {"other": ""}])
-def test_whatever_is_posted_to_the_handler(data: Any) -> None:
+def test_whatever_is_posted_to_the_handlers(data: Any) -> None:
     studio = Machine(in_memory("unet"))
-    assert "no longer loaded" in models.freeing(studio)(models.gr.EventData(None, data))
+    event = models.gr.EventData(None, data)
+    assert "no longer loaded" in models.freeing(studio)(event, NOBODY)
+    assert "nothing that can be done" in models.acting(studio, Downloads(studio))(event, NOBODY)[1]
     assert studio.parts
 
 
-def test_strangers_free_nothing() -> None:
+def test_strangers_free_nothing_and_see_what_is_there() -> None:
     studio = Machine(in_memory("unet"), public=True)
     for key in ("unet!", models.EVERYTHING):
         assert "public server" in models.freed(studio, key)
     assert studio.parts
-    assert "<button" not in models.shown(studio)
-
-
-def test_checkpoints_with_size_and_terms() -> None:
-    html = models.shown(Machine())
-    for entry in catalog.CATALOGUE:
-        assert entry.title in html
-    for said in ("14.4 GiB", "11.5 GiB", "comes with Triptych", "Open RAIL-M"):
-        assert said in html
+    assert models.shown(studio) == checkpoints.own(studio.settings) == ""
+    html = checkpoints.shelf(studio, Downloads(studio))
+    assert html.count("Postcards, the built-in demo") == 3
+    assert "<button" not in html
+    assert "sd3-medium" not in html
+    for act in ("start", "remove"):
+        assert "public server" in models.acted(Downloads(studio), act, "sd15/sd15")
 
 
 def test_what_is_loaded_is_escaped() -> None:
     strange = '"><script>'
     html = models.shown(Machine(in_memory(strange, key=strange, checkpoint=strange, where=strange)))
     assert strange not in html
+
+
+# ---- checkpoints
+
+
+class Line(Downloads):
+    """Downloads that are as they are said to be."""
+
+    def __init__(self, studio: Studio, *said: Download) -> None:
+        super().__init__(studio)
+        self.said = {(each.family, each.name): each for each in said}
+
+    def status(self, family: str, name: str) -> Download | None:
+        return self.said.get((family, name))
+
+    def working(self) -> bool:
+        return any(each.state == RUNNING for each in self.said.values())
+
+
+def shelf(*said: Download, **settings: Any) -> str:
+    studio = Machine()
+    given: dict[str, Any] = {"offline": False, "models_dir": Path("/nowhere"), **settings}
+    studio.settings = replace(studio.settings, **given)
+    return checkpoints.shelf(studio, Line(studio, *said))
+
+
+def download(state: str, **facts: Any) -> Download:
+    given: dict[str, Any] = {"here_bytes": int(1.2 * GIB), "total_bytes": int(3.4 * GIB), **facts}
+    return Download(family="sd15", name="sd15", state=state, **given)
+
+
+def test_checkpoints_with_size_and_terms() -> None:
+    html = shelf()
+    for entry in catalog.CATALOGUE:
+        assert entry.title in html
+    for said in ("14.4 GiB", "11.5 GiB", "comes with Triptych", "Open RAIL-M", "not downloaded"):
+        assert said in html
+    assert html.count(">Download</button>") == 6
+    assert "data-busy" not in html
+    assert ">Download</button>" not in shelf(offline=True)
+
+
+def test_a_running_download() -> None:
+    html = shelf(download(RUNNING, part="unet", speed=12.0 * MIB))
+    assert 'aria-valuenow="35.3"><i style="width:35.3%"></i>' in html
+    assert "1.2 of 3.4 GiB<small>the UNet · 12.0 MiB a second · 3 min 08 s left</small>" in html
+    assert (
+        'data-do="pause" data-key="sd15/sd15" aria-label="Pause the download of Stable Diffusion 1.5"' in html
+    )
+    assert "data-busy" in html
+    assert "popovertarget" not in html  # what is on its way is not removed
+    unknown = shelf(download(RUNNING, total_bytes=0))
+    assert "asking the hub…" in unknown
+    assert "aria-valuenow" not in unknown
+
+
+def test_a_paused_a_waiting_and_a_failed_one() -> None:
+    html = shelf(download(PAUSED))
+    assert "paused at 1.2 of 3.4 GiB" in html
+    assert 'aria-label="Resume the download of Stable Diffusion 1.5"' in html
+    assert 'popovertarget="remove-sd15-sd15"' in html
+    assert "paused</div>" in shelf(download(PAUSED, total_bytes=0))
+    assert "waits for its turn" in shelf(download(WAITING))
+    error = "it is gated: visit https://hub.example/a/b, accept <its> licence"
+    html = shelf(download(FAILED, error=error))
+    assert (
+        'visit <a href="https://hub.example/a/b" target="_blank" rel="noopener">https://hub.example/a/b</a>,'
+        in html
+    )
+    assert "accept &lt;its&gt; licence" in html
+    assert ">Try again</button>" in html
+
+
+def test_what_came_of_a_click() -> None:
+    studio = Machine()
+    line = Line(studio)
+    assert "downloads are off (--offline)" in models.acted(line, "start", "sd15/sd15")
+    assert "what can be downloaded of" in models.acted(line, "start", "sd15/<b>")
+    assert "is paused; it goes on from there" in models.acted(line, "pause", "sd15/sd15")
+    html = checkpoints.shelf(studio, line, told="<b>", about='"x')
+    assert 'data-about="&quot;x">&lt;b&gt;</p>' in html
+
+
+# ---- of one's own
+
+
+def test_how_to_have_files_of_ones_own_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "found", lambda settings: local.Found([], cut=False))
+    assert "Start Triptych with --models-dir DIR" in checkpoints.own(Settings(home=tmp_path))
+    empty = checkpoints.own(Settings(home=tmp_path, models_dir=tmp_path / "<mine>"))
+    assert f"Nothing in {tmp_path}/&lt;mine&gt; yet." in empty
+
+
+def test_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strange = '<b title="x">.safetensors'
+    listed = [
+        local.Local(name=strange, what="a LoRA", bytes=3 * GIB),
+        local.Local(name="a.ckpt", what="", bytes=0, problem="<it> is empty"),
+        local.Local(name="b", what="", bytes=5, family="sd3", note="without T5"),
+    ]
+    monkeypatch.setattr(local, "found", lambda settings: local.Found(listed, cut=True))
+    html = checkpoints.own(Settings(home=tmp_path, models_dir=tmp_path))
+    assert strange not in html
+    assert "&lt;b title=&quot;x&quot;&gt;.safetensors</bdi>" in html
+    assert "3.0 GiB" in html
+    assert '<span class="problem">&lt;it&gt; is empty</span>' in html
+    assert "<span>Stable Diffusion 3</span><small>without T5</small>" in html
+    assert "only the first 5000 files and folders were looked at" in html
