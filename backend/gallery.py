@@ -88,8 +88,7 @@ class Gallery:
     def save(self, image: Image, parameters: str, facts: Mapping[str, Any], owner: str = "") -> Path:
         """Write one picture with its `parameters` text → its path. Raises StorageError that holds the image.
 
-        `facts` go into the index as JSON; its "prompt" is what `entries` searches, its "fingerprint" what
-        `find` finds.
+        `facts` go into the index as JSON; its "prompt" is what `entries` searches.
         """
         now = time.time()
         moment = time.localtime(now)
@@ -150,13 +149,6 @@ class Gallery:
         """Whose picture it is, "" if that is unknown; None if there is no such picture."""
         entry = self.entry(name)
         return entry.owner if entry else None
-
-    def find(self, fingerprint: str, owner: str | None = None) -> Path | None:
-        """The newest picture whose facts have that fingerprint, if its file is still there."""
-        terms, values = where("", owner, favourites=False)
-        query = f"SELECT file FROM pictures WHERE fingerprint = ? AND {terms} ORDER BY created DESC"
-        files = (self.home / file for (file,) in self._rows(query, [storable(fingerprint), *values]))
-        return next((file for file in files if _is_there(file)), None)
 
     def thumbnail(self, name: str) -> bytes:
         """A picture in small, as WebP; made when it is first asked for. Raises StorageError where there is no
@@ -309,11 +301,11 @@ class Gallery:
         self, path: Path, seen: str, created: float, parameters: str, facts: Mapping[str, Any], owner: str
     ) -> tuple[Any, ...]:
         """The values of `INSERTED`."""
-        prompt, fingerprint = str(facts.get("prompt", "")), facts.get("fingerprint")
+        prompt = str(facts.get("prompt", ""))
         row = (
             path.relative_to(self.home).as_posix(), created, prompt, parameters,
             json.dumps(dict(facts), default=str), owner, str(facts.get("family", "")),
-            str(fingerprint) if fingerprint else None, folded(prompt), seen,
+            folded(prompt), seen,
         )  # fmt: skip
         return tuple(storable(value) if isinstance(value, str) else value for value in row)
 

@@ -27,7 +27,6 @@ FURTHER = {  # columns that version 1 added; one of version 0 can still write it
     "gone": "INTEGER NOT NULL DEFAULT 0",  # the file is not there, or does not open
     "seen": "TEXT NOT NULL DEFAULT ''",  # size and time of the file when it was found to open
     "family": "TEXT NOT NULL DEFAULT ''",
-    "fingerprint": "TEXT",
     "folded": "TEXT NOT NULL DEFAULT ''",  # the prompt, as it is searched
 }
 LISTED = "deleted IS NULL AND gone = 0"
@@ -35,12 +34,11 @@ FURTHER_TABLES = (
     f"CREATE INDEX newest ON pictures (created) WHERE {LISTED}",
     f"CREATE INDEX of_owner ON pictures (owner, created) WHERE {LISTED}",
     f"CREATE INDEX favourites ON pictures (created) WHERE {LISTED} AND favourite = 1",
-    "CREATE INDEX identical ON pictures (fingerprint) WHERE fingerprint IS NOT NULL",
     "CREATE INDEX doomed ON pictures (deleted) WHERE deleted IS NOT NULL",
     # apart: they are many bytes, which no listing has to pass over
     "CREATE TABLE thumbnails (file TEXT PRIMARY KEY, webp BLOB NOT NULL)",
 )
-INSERTED = "file, created, prompt, parameters, facts, owner, family, fingerprint, folded, seen"
+INSERTED = "file, created, prompt, parameters, facts, owner, family, folded, seen"
 OWNED = "owner = ? AND owner <> ''"
 MOST_WORDS = 16  # of a search
 

@@ -231,7 +231,11 @@ class Sheet:
         """`told` is HTML: what came of the last click."""
         line = f'<p class="told" role="status" tabindex="-1">{told}</p>'
         tiles = "".join(_tile(entry, t) for entry in self.entries)
-        shown = f'<ul class="tiles">{tiles}</ul>{self._pages(t)}' if tiles else self._empty(t)
+        shown = (
+            f'<ul class="tiles">{tiles}</ul>{self._pages(t) if self.count > PAGE else ""}'
+            if tiles
+            else self._empty(t)
+        )
         inner = f'<div class="line">{self._pages(t)}{line}</div>{shown}{_picking(t)}{_viewer(t)}{_compare(t)}'
         data = f'data-start="{self.start}" data-count="{self.count}" data-page="{PAGE}"'
         return f'<section class="history" {data}>{inner}</section>'
@@ -248,6 +252,9 @@ class Sheet:
             last=number(last, t) + after,
             count=number(self.count, t),
         )
+        if self.count <= PAGE:
+            pictures = t("1 picture") if self.count == 1 else t("{n} pictures", n=number(self.count, t))
+            return f'<nav class="pages"><span>{pictures}</span></nav>'
         newer = _button(t("Newer"), deed="page", start=self.start - PAGE, disabled=self.start == 0)
         older = _button(t("Older"), deed="page", start=self.start + PAGE, disabled=last >= self.count)
         return (

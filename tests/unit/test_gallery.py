@@ -317,23 +317,6 @@ def test_deleted_pictures_go_after_a_while(tmp_path: Path, monkeypatch: pytest.M
     assert not path.exists()
 
 
-def test_an_identical_request_is_found(tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path)
-    older, newer = (gallery.save(PICTURE, "", FACTS | {"fingerprint": "f1"}, owner="me") for _ in range(2))
-    gallery.save(PICTURE, "", FACTS | {"fingerprint": "f2"})
-    gallery.save(PICTURE, "", FACTS)
-    assert gallery.find("f1") == gallery.find("f1", "me") == newer
-    assert gallery.find("f1", "you") is None
-    assert gallery.find("") is None
-    newer.unlink()
-    assert gallery.find("f1") == older
-    gallery.delete(older.relative_to(gallery.outputs).as_posix())
-    assert gallery.find("f1") is None
-    with gallery_index.reading(gallery.index) as database:
-        plan = database.execute("EXPLAIN QUERY PLAN SELECT file FROM pictures WHERE fingerprint = ?", ("f1",))
-        assert "USING INDEX identical" in str(plan.fetchall())
-
-
 @pytest.mark.parametrize(
     "name", ["", "..", "../../etc/passwd", "/etc/passwd", "a\0b", "\ud83c", "%", "x" * 100_000, "' OR 1=1 --"]
 )
