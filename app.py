@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "GRADIO_ANALYTICS_ENABLED": "False",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
+        if not settings.compile:  # torch makes a folder for what it compiles all the same
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(copies, "torch")))
         lent = zerogpu.present(os.environ)
         if lent:
             settings = zerogpu.prepare(settings)

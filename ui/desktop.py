@@ -19,11 +19,7 @@ from ui.theme import ASSETS
 ICONS = ASSETS / "icons"
 OF_TEXT = ("www-browser", "links", "elinks", "lynx", "w3m")  # they would take over the terminal
 AT = "/static/triptych"  # where Gradio has files of its own
-HEAD = (
-    f'<link rel="apple-touch-icon" href=".{AT}/icon-180.png">'
-    '<meta name="theme-color" content="#f7f6f3" media="(prefers-color-scheme: light)">'
-    '<meta name="theme-color" content="#141413" media="(prefers-color-scheme: dark)">'
-)
+HEAD = f'<link rel="apple-touch-icon" href=".{AT}/icon-180.png">'
 
 
 def wanted(settings: Settings, environ: Mapping[str, str], *, platform: str, terminal: bool) -> bool:
