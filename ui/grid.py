@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from statistics import median
 from types import SimpleNamespace
@@ -13,15 +14,16 @@ import gradio as gr
 
 from backend import Settings, Studio
 from backend.errors import InvalidRequest, StorageError, TriptychError
+from backend.events import Event
 from backend.grid import Axis, Field, Grid, Unfinished, fields, forget, paint, unfinished
 from backend.grid.cells import effort
+from backend.grid.kept import key_of
 from backend.requests import Request
 from ui import forms, i18n
 from ui.controls import Controls
 from ui.i18n import ENGLISH, Tongue, label
 from ui.jobs import Jobs, Work
 from ui.visitors import NOBODY, visitor
-from ui.words import seconds
 
 if TYPE_CHECKING:
     from ui.handlers import Desk
@@ -30,7 +32,9 @@ NOTHING = ""  # along the second side
 MOST_TYPED = 4000  # characters of values
 LOOKED_AT = 40  # pictures, to tell how long others will take
 NOT_LOOKED_AT = frozenset(("images",))  # to read pictures at each key takes too long
+NOT_THERE = "there is no grid to resume; it is finished, or was forgotten"
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUEUED: dict[str, Any] = {**QUIET, "queue": True}  # where the last of several triggers must not be missed
 
 Update = dict[Any, Any]
 
@@ -39,7 +43,7 @@ def titles(t: Tongue = ENGLISH) -> dict[str, str]:
     """What can vary, in words."""
     return {
         "seed": t("Seed"),
-        "prompt_words": t("Words of the prompt"),
+        "prompt_words": t("Prompt words"),
         "negative_prompt": t("Negative prompt"),
         "steps": t("Steps"),
         "guidance_scale": t("Guidance"),
@@ -73,7 +77,7 @@ def fold(studio: Studio, family: type[Request]) -> GridFold:
             x = gr.Dropdown(choices, value=first, label=label("Across (X)"), filterable=False, min_width=100)
             x_values = _values(known[first].example)
         with gr.Row(elem_classes="pair"):
-            rows = [(NONE, NOTHING), *choices]
+            rows = [("nothing", NOTHING), *choices]
             y = gr.Dropdown(rows, value=NOTHING, label=label("Down (Y)"), filterable=False, min_width=100)
             y_values = _values("")
         said = gr.HTML(elem_classes="grid-said")
@@ -87,9 +91,6 @@ def fold(studio: Studio, family: type[Request]) -> GridFold:
     return GridFold(
         studio, family, whole, x, x_values, y, y_values, titled, said, go, rest, left, resume, drop
     )
-
-
-NONE = "nothing"
 
 
 def _values(example: str) -> gr.Textbox:
@@ -114,6 +115,7 @@ class GridFold:
     left: gr.HTML
     resume: gr.Button
     drop: gr.Button
+    running: set[str] = field(default_factory=set)  # keys of grids: there is nothing to resume yet
 
     @property
     def inputs(self) -> list[gr.components.Component]:
@@ -139,10 +141,15 @@ class GridFold:
             request = self._request_of(looked_at, values[count:])
             return self.told(request, values[:count], self._owner(page), i18n.of(page))
 
-        typed: list[Any] = [self.x.input, self.y.input, self.x_values.input, self.y_values.input]
-        asked = [*typed, self.x_values.focus, self.y_values.focus, self.whole.expand]
+        sides: list[Any] = [self.x, self.x_values, self.y, self.y_values]
+        asked = [
+            *(each.change for each in sides),
+            self.x_values.focus,
+            self.y_values.focus,
+            self.whole.expand,
+        ]
         inputs = [*self.inputs, *looked_at.inputs]
-        gr.on(asked, tell, inputs, self.said, trigger_mode="always_last", **QUIET)
+        gr.on(asked, tell, inputs, self.said, trigger_mode="always_last", **QUEUED)
         for axis, values in ((self.x, self.x_values), (self.y, self.y_values)):
             axis.input(self.example, axis, values, **QUIET)
         self.whole.expand(self.spoken, None, [self.x, self.y], **QUIET)
@@ -159,7 +166,7 @@ class GridFold:
 
             def work_of(owner: str) -> tuple[Work, Request]:
                 grid = self.grid_of(request_of(values[count:]), values[:count])
-                return work(desk.jobs, grid, owner), grid.base
+                return self.work(desk.jobs, grid, owner), grid.base
 
             async for update in desk.paint(page, work_of):
                 yield update
@@ -173,14 +180,33 @@ class GridFold:
             def work_of(owner: str) -> tuple[Work, Request]:
                 begun = self.begun(owner)
                 if begun is None:
-                    raise InvalidRequest("there is no grid to resume; it is finished, or was forgotten")
+                    raise InvalidRequest(NOT_THERE)
                 grid = begun.grid()
-                return work(desk.jobs, grid, owner), grid.base
+                return self.work(desk.jobs, grid, owner, begun.key), grid.base
 
             async for update in desk.paint(page, work_of):
                 yield update
 
         return handler
+
+    def work(self, jobs: Jobs, grid: Grid, owner: str, begun: str = "") -> Work:
+        """The job of a grid: its cells are painted as single pictures are. One that was `begun`, by its key,
+        is not begun again if it was finished while this job waited."""
+
+        def generate(request: Request, stop: threading.Event, owner: str) -> Iterator[Event]:
+            return jobs.paint(request, owner)(stop)
+
+        def run(stop: threading.Event) -> Iterator[Event]:
+            if begun and begun not in [each.key for each in self._unfinished(owner)]:
+                raise InvalidRequest(NOT_THERE)
+            key = key_of(grid, owner)
+            self.running.add(key)
+            try:
+                yield from paint(self.studio, grid, stop, owner, generate)
+            finally:
+                self.running.discard(key)
+
+        return run
 
     # ---- what was typed
 
@@ -199,6 +225,7 @@ class GridFold:
         return grid
 
     def _axis(self, name: Any, typed: Any) -> Axis:
+        typed = typed or ""  # Gradio has null for a field that was never touched
         if not isinstance(typed, str) or len(typed) > MOST_TYPED:
             raise InvalidRequest(
                 f"the values are {typed!r:.80}; they can be text of up to {MOST_TYPED} characters"
@@ -209,7 +236,7 @@ class GridFold:
         """What would be made, or how to go on, or what is wrong."""
         known = fields(self.family.family)
         for name, typed in (values[0:2], values[2:4]):
-            if isinstance(name, str) and name in known and isinstance(typed, str) and not typed.strip():
+            if isinstance(name, str) and name in known and not str(typed or "").strip():
                 return _said(hint(known[name], t))
         try:
             if isinstance(request, TriptychError):
@@ -217,18 +244,12 @@ class GridFold:
             grid = self.grid_of(request, values)
         except TriptychError as error:
             return _said(t.told(str(error)), wrong=True)
-        across, down = grid.columns, grid.rows
-        if (left := self.duration(grid, owner)) is None:
-            return _said(t("{n} pictures, {columns} × {rows}", n=grid.count, columns=across, rows=down))
-        return _said(
-            t(
-                "{n} pictures, {columns} × {rows}, in about {time}",
-                n=grid.count,
-                columns=across,
-                rows=down,
-                time=seconds(left),
-            )
-        )
+        count = t("1 picture") if grid.count == 1 else t("{n} pictures", n=grid.count)
+        if grid.y is not None:
+            count = t("{pictures}, {columns} × {rows}", pictures=count, columns=grid.columns, rows=grid.rows)
+        if (left := self.duration(grid, owner)) is not None:
+            count = t("{pictures}, in about {time}", pictures=count, time=roughly(left, t))
+        return _said(count)
 
     def duration(self, grid: Grid, owner: str) -> float | None:
         """Seconds that it will take, going by the newest pictures of its checkpoint; None without any."""
@@ -236,15 +257,13 @@ class GridFold:
             entries = self.studio.gallery.entries(limit=LOOKED_AT, owner=owner or None)
         except StorageError:
             return None
+        facts = [entry.facts for entry in entries]
         pace = [
-            entry.facts["timings"]["total"]
-            / entry.facts.get("num_images", 1)
-            / effort(SimpleNamespace(**entry.facts))
-            for entry in entries
-            if entry.facts.get("family") == self.family.family
-            and entry.facts.get("checkpoint") == grid.base.checkpoint
-            and "timings" in entry.facts
-            and "grid" not in entry.facts
+            each["timings"]["total"] / each.get("num_images", 1) / effort(SimpleNamespace(**each))
+            for each in facts
+            if (each.get("family"), each.get("checkpoint")) == (self.family.family, grid.base.checkpoint)
+            and "total" in each.get("timings", {})
+            and "grid" not in each
         ]
         return median(pace) * sum(effort(cell.request) for cell in grid.cells()) if pace else None
 
@@ -252,16 +271,14 @@ class GridFold:
 
     def begun(self, owner: str) -> Unfinished | None:
         """The newest grid of this family that its owner has not finished."""
-        if self.settings.public and owner in ("", NOBODY):
-            return None
-        return next(iter(unfinished(self.settings.home, self.family.family, owner)), None)
+        return next(iter(self._unfinished(owner)), None)
 
     def refresh(self, page: gr.Request) -> list[Any]:
         """Updates of `rests`: the offer to go on with what was begun."""
         t, begun = i18n.of(page), self.begun(self._owner(page))
         if begun is None:
             return [gr.update(visible=False), "", gr.skip()]
-        button = t("Resume ({done} of {all} are there)", done=begun.done, all=begun.cells)
+        button = t("Resume ({done} of {all})", done=begun.done, all=begun.cells)
         return [gr.update(visible=True), unfinished_line(begun, t), gr.update(value=button)]
 
     def forget(self, page: gr.Request) -> list[Any]:
@@ -282,7 +299,13 @@ class GridFold:
         """The choices in the visitor's language."""
         t, known = i18n.of(page), fields(self.family.family)
         choices = [(name, value) for value, name in titles(t).items() if value in known]
-        return [gr.update(choices=choices), gr.update(choices=[(t(NONE), NOTHING), *choices])]
+        return [gr.update(choices=choices), gr.update(choices=[(t("nothing"), NOTHING), *choices])]
+
+    def _unfinished(self, owner: str) -> list[Unfinished]:
+        if self.settings.public and owner in ("", NOBODY):
+            return []
+        found = unfinished(self.settings.home, self.family.family, owner)
+        return [each for each in found if each.key not in self.running]
 
     def _owner(self, page: gr.Request) -> str:
         return visitor(page, self.settings).owner(self.settings)
@@ -292,13 +315,6 @@ class GridFold:
             return forms.build_shown(self.family, controls.fields(values), public=self.settings.public)
         except TriptychError as error:
             return error
-
-
-def work(jobs: Jobs, grid: Grid, owner: str) -> Work:
-    """The job of a grid: its cells are painted as single pictures are."""
-    return lambda stop: paint(
-        jobs.studio, grid, stop, owner, lambda request, stop, owner: jobs.paint(request, owner)(stop)
-    )
 
 
 # ---- in words
@@ -319,10 +335,20 @@ def hint(known: Field, t: Tongue = ENGLISH) -> str:
             return t("One after the other, with commas between; quotes can hold a comma.")
 
 
+def roughly(value: float, t: Tongue = ENGLISH) -> str:
+    """A time that is guessed."""
+    if value < 10:
+        return t("a few seconds")
+    if value < 100:
+        return t("{n} s", n=round(value / 5) * 5)
+    return t("{n} min", n=round(value / 60)) if value < 6000 else t("{n} h", n=f"{value / 3600:.1f}")
+
+
 def unfinished_line(begun: Unfinished, t: Tongue = ENGLISH) -> str:
     names = " × ".join(titles(t).get(name, name) for name in begun.axes)
     prompt = begun.prompt if len(begun.prompt) <= 60 else f"{begun.prompt[:59]}…"
-    return f"<p>{escape(t('Not finished: {axes}', axes=names))} <q>{escape(prompt)}</q></p>"
+    quoted = f" <q>{escape(prompt)}</q>" if prompt else ""
+    return f"<p>{escape(t('Not finished: {axes}', axes=names))}{quoted}</p>"
 
 
 def _said(text: str, *, wrong: bool = False) -> str:

@@ -236,10 +236,11 @@ def _settings(run: _Run, image: Image) -> dict[str, Any]:
         name: {"field": axis.field, "values": axis.values, "text": axis.text}
         for name, axis in zip("xy", run.grid.axes, strict=False)
     }
+    sheet = {"titled": run.grid.titled, "width": image.width, "height": image.height, "cells": len(run.files)}
     return {
         **settings,
         "ran": {name: told.get(name) for name in RAN if name in settings},
-        "grid": {**axes, "titled": run.grid.titled, "width": image.width, "height": image.height},
+        "grid": axes | sheet,
     }
 
 
