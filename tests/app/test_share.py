@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
 import re
 import time
@@ -16,6 +18,9 @@ import pytest
 from gradio import networking, tunneling
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult, ImageContent, TextContent
 
 from tests.app.support import Server, serving
 from ui import sharing
@@ -49,7 +54,7 @@ def tunnel_program(folder: Path, text: str) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A page that is started with --share, and has no link yet."""
+    """A page with tools that is started with --share, and has no link yet."""
     folder = tmp_path_factory.mktemp("share")
     tunnel_program(folder / "hub", PROGRAM)
     variables: dict[str, Any] = {
@@ -57,7 +62,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "HF_HOME": str(folder / "hub"),
         "OMP_NUM_THREADS": "1",
     }
-    with serving(folder, "--share", **variables) as server:
+    with serving(folder, "--share", "--mcp", **variables) as server:
         wait_for(lambda: "To sign in" in server.log.read_text(), "no login was told")
         yield server
         asked = (folder / "hub" / "asked").read_text()
@@ -104,6 +109,7 @@ def test_all_that_is_said_is_where_it_is_and_how_to_sign_in_once(shared: Server)
     said = shared.log.read_text()
     assert said.splitlines() == [
         f"Triptych is at {shared.url}",
+        f"Its tools for MCP are at {shared.url}gradio_api/mcp/",
         f"To sign in: user {user}, password {password}",
         f"Shared at https://{HOST}",
     ]
@@ -122,6 +128,36 @@ def test_only_who_knows_the_password_gets_in_and_is_a_stranger(shared: Server, t
         client.predict(prompt="a red house", checkpoint="someone/else", api_name="/sd15")
     files, _ = client.predict(prompt="a red house", steps=2, api_name="/sd15")
     assert Path(files[0]).read_bytes() == shared.pictures[0].read_bytes()
+
+
+def tool(server: Server, login: str | None, **asked: Any) -> CallToolResult:
+    headers = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
+
+    async def call() -> CallToolResult:
+        async with (
+            httpx.AsyncClient(headers=headers) as line,
+            streamable_http_client(f"{server.url}gradio_api/mcp/", http_client=line) as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            return await session.call_tool("sd15", asked)
+
+    return asyncio.run(call())
+
+
+def test_tools_ask_for_the_login_with_each_call(shared: Server) -> None:
+    user, password = login(shared)
+    before = len(shared.pictures)
+    for wrong in (None, user, f"{user}:wrong", f"nobody:{password}"):
+        with pytest.raises(ExceptionGroup) as caught:
+            tool(shared, wrong, prompt="a red house", steps=2)
+        assert caught.group_contains(httpx.HTTPStatusError, match="401")
+    answer = tool(shared, f"{user}:{password}", prompt="a red house", steps=2)
+    assert isinstance(answer.content[0], ImageContent)
+    assert len(shared.pictures) == before + 1
+    refused = tool(shared, f"{user}:{password}", prompt="a red house", checkpoint="someone/else")
+    assert isinstance(refused.content[0], TextContent)
+    assert "on this public server it can be demo" in refused.content[0].text
 
 
 def test_logins_differ() -> None:
