@@ -151,9 +151,8 @@ class Axis:
     @property
     def text(self) -> str:
         """The values as they could be typed."""
-        return ", ".join(
-            map(_typed, self.labels if self.field != "negative_prompt" else map(str, self.values))
-        )
+        verbatim = self.field in (WORDS, "negative_prompt")
+        return ", ".join(map(_typed, map(str, self.values) if verbatim else self.labels))
 
 
 def label(name: str, value: Value) -> str:
@@ -261,10 +260,10 @@ def _check(family: str, name: str, values: Sequence[Value]) -> None:
                 raise InvalidRequest(f"seed is -1; in a grid it can be a whole number from 0 to {MAX_SEED}")
             changed(REQUESTS[family](), {name: value})
         except InvalidRequest as error:
-            what, _, allowed = str(error).partition("; ")
-            refused.setdefault(allowed, []).append(what)
+            what, semicolon, allowed = str(error).partition("; ")
+            refused.setdefault(semicolon + allowed, []).append(what)
     if refused:
-        raise InvalidRequest(". ".join(f"{', '.join(what)}; {allowed}" for allowed, what in refused.items()))
+        raise InvalidRequest(". ".join(", ".join(what) + allowed for allowed, what in refused.items()))
 
 
 def changed(request: Any, values: Mapping[str, Value]) -> Any:

@@ -62,6 +62,7 @@ def axis(field: str, text: str, family: str = "sd15") -> Axis:
         ("prompt_words", 'red, "blue, at night", "say ""hi""", red', ("red", "blue, at night", 'say "hi"')),
         ("prompt_words", 'red, “dark, blue”, 5" nail', ("red", "dark, blue", '5" nail')),
         ("negative_prompt", '"", blurry', ("", "blurry")),
+        ("prompt_words", 'red, ""', ("red", "")),
         ("prefer", "Quality, auto", ("quality", "auto")),
     ],
 )
@@ -107,6 +108,7 @@ def test_values_as_people_type_them(field: str, text: str, values: tuple[Any, ..
         ("prompt_words", '"a" b, c', "quotes can only be around"),
         ("t5", "full", "an axis is 't5'; it can be seed, prompt_words"),
         ("num_images", "1, 2", "an axis is 'num_images'"),
+        ("checkpoint", "half \ud800", r"half of a character at place 6: 'half \\ud800'$"),
     ],
 )
 def test_every_bad_value_is_named(field: str, text: str, told: str) -> None:
