@@ -108,6 +108,9 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
     try:
         given = vars(parser.parse_args(arguments))
         given["public"] |= given["share"] or hosted
+        if given["share"] and hosted:
+            print("triptych: share is ignored: a Space has an address of its own", file=sys.stderr)
+            given["share"] = False
         return Settings(**given)
     except InvalidRequest as error:
         parser.error(str(error))

@@ -101,6 +101,7 @@ def test_a_hosted_space_listens_everywhere_unless_told() -> None:
     settings = parse([], HOSTED)
     assert (settings.host, settings.port) == ("0.0.0.0", 7860)
     assert parse([], HOSTED | {"GRADIO_SERVER_PORT": "7861"}).port == 7861
+    assert not parse(["--share"], HOSTED).share
     assert parse([], {"SPACE_ID": "me/triptych", "TRIPTYCH_HOST": "127.0.0.2"}).host == "127.0.0.2"
     assert parse(["--host", "127.0.0.3"], {"SPACE_ID": "me/triptych"}).host == "127.0.0.3"
     assert parse([], {}).host == "127.0.0.1"

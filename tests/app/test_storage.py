@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ def test_an_unwritable_home_is_told_and_the_next_request_works(tmp_path: Path) -
     home = tmp_path / "home"
     home.write_text("a file where the folder should be")
     with serving(tmp_path, home=home) as server:
+        while f"triptych: cannot write to {home}" not in server.log.read_text():  # at the start already
+            time.sleep(0.05)
         client = connected(server, tmp_path)
         with pytest.raises(AppError, match=rf"cannot write to {home}.*--home"):
             client.predict(prompt="a red house", steps=2, api_name="/sd15")
