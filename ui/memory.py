@@ -120,7 +120,12 @@ def _segment(kind: str, count: int, scale: Scale, used: bool = True) -> str:
 def _parts(plan: Plan, phase: PlannedPhase, t: Tongue) -> Iterator[str]:
     """What the phase uses, what else is there meanwhile, and its work: as in the bar."""
     for part in phase.components:
-        how = f"{words.size(part.bytes)}, {words.precision(part.precision, t)}, {_placed(plan, part, t)}"
+        how = t(
+            "{size}, {bits}, {placed}",
+            size=words.size(part.bytes),
+            bits=words.precision(part.precision, t),
+            placed=_placed(plan, part, t),
+        )
         state = "" if part.held_bytes else "none"  # it has no bar
         name = escape(words.part(part.name, t))
         yield f"<li>{_swatch(_colour(part), state)}<b>{name}</b> {escape(how)}</li>"

@@ -382,6 +382,10 @@ class Sheet:
         for name, rows in choices.items():
             if name in filled and t is not ENGLISH:
                 filled[name] = _with(filled[name], choices=rows)
+        if "sampler" in filled and t is not ENGLISH:
+            sampler = settings.get("sampler", self._field("sampler").value)
+            note = controls.sampler_note(self.family.family, sampler, t)
+            filled["sampler"] = _with(filled["sampler"], choices=choices["sampler"], info=note)
         return [render.idle(t), render.ready(t), *filled.values()]
 
     def _fitted(self, shape: str, native: tuple[int, int]) -> tuple[int, int]:
@@ -406,8 +410,9 @@ class Sheet:
 
 def _with(update: Any, **properties: Any) -> Any:
     """The update of a value, or none, and of further properties."""
-    skipped = isinstance(update, dict) and update.get("__type__") == "update" and "value" not in update
-    return gr.update(**properties) if skipped else gr.update(value=update, **properties)
+    if isinstance(update, dict) and update.get("__type__") == "update":
+        return update | properties
+    return gr.update(value=update, **properties)
 
 
 def _last_seed(last: dict[str, Any] | None, current: str) -> str:
