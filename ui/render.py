@@ -150,7 +150,8 @@ def grid_progress(event: GridProgress, t: Tongue = ENGLISH) -> str:
 
 def done(result: Result, t: Tongue = ENGLISH) -> str:
     peak = f" · {memory.peaks(result.peak_bytes, result.plan, t)}" if result.peak_bytes else ""
-    count, time = len(result.files), seconds(result.timings["total"])
+    time = seconds(result.timings["total"])
+    count = result.settings.get("grid", {}).get("cells", len(result.files))  # a grid's sheet has many
     text = (
         t("1 picture in {time}", time=time) if count == 1 else t("{n} pictures in {time}", n=count, time=time)
     )
