@@ -100,11 +100,14 @@ def launch(settings: Settings, jobs: Jobs, downloads: Downloads, link: sharing.L
                 quiet=True,
                 prevent_thread_lock=True,
             )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # somebody was faster at the port; a proxy or a firewall is in the way
-        raise NotStarted(f"the page cannot be served: {error}") from error
+    except OSError as error:
+        where = f"{settings.host} port {settings.port}"
+        raise NotStarted(f"cannot listen on {where} any more; choose another with --port") from error
+    except ValueError as error:
+        if "localhost is not accessible" not in str(error):
+            raise
+        where = address(settings.host, settings.port)
+        raise NotStarted(f"the page does not answer at {where}: is a firewall in the way?") from error
     guard.settle(demo)
     if demo.mcp_error:
         warn(demo.mcp_error)
