@@ -2,7 +2,8 @@
 
 What Gradio shows by itself (labels, hints, buttons, tabs) goes through its own `gr.I18n`, in the browser:
 give components `label("Prompt")`. What is made here as HTML is spoken by a `Tongue`:
-`t("{n} pictures", n=3)`.
+`t("{n} pictures", n=3)`. In the files the first are the `labels`, the second the `told`; `sentences` and
+`pieces` are those of the engine (sentences.py).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 
 import gradio as gr
 
+from ui.sentences import Sentences, fill
+
 FOLDER = Path(__file__).parent.parent / "assets" / "languages"
 LANGUAGES = ("en", "de", "it", "ar")
 COOKIE = "triptych-language"  # page.js writes what the page is shown in: it may have been chosen by hand
-FIELD = re.compile(r"\{(\w+)\}")
+FROM_THE_RIGHT = ("ar",)
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,16 @@ class Tongue:
 
     code: str = "en"
     table: Mapping[str, str] = field(default_factory=dict, repr=False)
+    engine: Sentences = field(default_factory=Sentences, repr=False)
 
     def __call__(self, text: str, /, **values: object) -> str:
         """The text with its {names} filled in."""
         known = self.table.get(text, text)
-        return FIELD.sub(lambda found: str(values.get(found[1], found[0])), known) if values else known
+        return fill(known, values, apart=self.code in FROM_THE_RIGHT) if values else known
 
     def told(self, text: str) -> str:
-        """A sentence that the engine made, numbers and names already in it."""
-        if not self.table or text in self.table:
-            return self.table.get(text, text)
-        for pattern, names, known in _patterns(self.code):
-            if found := pattern.fullmatch(text):
-                values = dict(zip(names, found.groups(), strict=True))
-                return FIELD.sub(lambda name, values=values: values.get(name[1], name[0]), known)
-        return text
+        """What the engine said, numbers and names already in it."""
+        return self.engine.told(text) if self.table else text
 
 
 ENGLISH = Tongue()
@@ -65,7 +63,12 @@ def of(request: gr.Request | None) -> Tongue:
 
 @cache
 def tongue(code: str) -> Tongue:
-    return Tongue(code, _read(code).get("told", {})) if code != "en" else ENGLISH
+    if code == "en":
+        return ENGLISH
+    read = _read(code)
+    words = read.get("told", {})
+    sentences, pieces = read.get("sentences", {}), read.get("pieces", {})
+    return Tongue(code, words, Sentences(sentences, pieces, words, apart=code in FROM_THE_RIGHT))
 
 
 def for_gradio() -> gr.I18n:
@@ -78,15 +81,3 @@ def for_gradio() -> gr.I18n:
 def _read(code: str) -> dict[str, dict[str, str]]:
     file = FOLDER / f"{code}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-@cache
-def _patterns(code: str) -> list[tuple[re.Pattern[str], list[str], str]]:
-    """Texts with {names} as patterns that find what was filled in; the longest text first."""
-    rows: list[tuple[re.Pattern[str], list[str], str]] = []
-    for text, known in sorted(tongue(code).table.items(), key=lambda row: -len(row[0])):
-        names = FIELD.findall(text)
-        if names:
-            pieces = map(re.escape, FIELD.sub("\0", text).split("\0"))
-            rows.append((re.compile("(.+?)".join(pieces), re.DOTALL), names, known))
-    return rows
