@@ -4,6 +4,14 @@
     const root = document.documentElement, language = (root.lang || navigator.language).slice(0, 2).toLowerCase();
     root.dir = language === 'ar' ? 'rtl' : 'ltr';
     document.cookie = `triptych-language=${language}; path=/; max-age=31536000; SameSite=Lax`;
+    nameTabs(window.gradio_config?.i18n_translations?.[language] ?? {});
+  };
+  // Gradio writes the names of its tabs once, perhaps before language.js has told it of Italian.
+  const nameTabs = (words) => {
+    for (const tab of document.querySelectorAll('[role=tab]')) {
+      const text = [...tab.childNodes].find((each) => words[each.nodeValue?.trim()]);
+      if (text) text.nodeValue = words[text.nodeValue.trim()];
+    }
   };
   speak();
   new MutationObserver(speak).observe(document.documentElement, {attributes: true, attributeFilter: ['lang']});

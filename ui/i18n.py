@@ -78,6 +78,11 @@ def for_gradio() -> gr.I18n:
     return gr.I18n(en=english, **labels)
 
 
+def head() -> str:
+    """For `launch(head=…)`: what tells Gradio of a language that it does not have itself."""
+    return f"<script>{(FOLDER.parent / 'language.js').read_text(encoding='utf-8')}</script>"
+
+
 def _read(code: str) -> dict[str, dict[str, str]]:
     file = FOLDER / f"{code}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

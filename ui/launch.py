@@ -92,7 +92,7 @@ def launch(settings: Settings, jobs: Jobs, downloads: Downloads, link: sharing.L
                 theme=theme.theme(),
                 css_paths=styles,
                 js=theme.PAGE.read_text(encoding="utf-8"),
-                head=desktop.HEAD,
+                head=desktop.HEAD + i18n.head(),
                 favicon_path=theme.ICON,
                 footer_links=["api"],
                 run_history=False,

@@ -314,18 +314,18 @@ SAID = [
     "T5 reads 77 tokens, and the prompt has 120: the rest was cut.",
     "demo has no lite Stage C: the full one runs.",
     (
-        "Painting ran out of memory and is repeated with a leaner plan. T5 runs with 8 bits a weight: otherwise"
-        " painting would take 8.2 GiB at once, and 1.5 GiB is at hand. Decoding goes in tiles of 64 latent"
-        " pixels: the whole would not fit."
+        "Painting ran out of memory and is repeated with a leaner plan. T5 runs with 8 bits a weight: "
+        "otherwise painting would take 8.2 GiB at once, and 1.5 GiB is at hand. Decoding goes in tiles of 64 "
+        "latent pixels: the whole would not fit."
     ),
     (
-        "the disk of /x is full; free some space, or start with --home on another disk. Until then pictures go to"
-        " /y."
+        "the disk of /x is full; free some space, or start with --home on another disk. Until then pictures "
+        "go to /y."
     ),
     f"config_from: a/b does not exist on https://x.org, or is private; check its name, or give {hub.TOKEN}",
     (
-        "x.safetensors: this is an editing model (its UNet takes 8 channels: latents and those of the picture to"
-        " edit); only text-to-image models with 4 channels can be run as yet"
+        "x.safetensors: this is an editing model (its UNet takes 8 channels: latents and those of the "
+        "picture to edit); only text-to-image models with 4 channels can be run as yet"
     ),
     "x: unet does not fit its config: of 686 tensors, 1 missing (conv_in.weight); 2 unexpected (a, b)",
     *sorted(kinds.title(kind) for kind in {*kinds.TENSORS.values(), *kinds.PIPELINES.values()}),
