@@ -30,8 +30,9 @@ run: $(VENV)/.runtime
 mcp: $(VENV)/.mcp
 	$(BIN)/python app.py --mcp $(ARGS)
 
+# Two processes of one thread each: more threads, or more processes than cores, wait for each other.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -104,7 +104,7 @@ def _gate(settings: Settings, entries: Iterable[CatalogueEntry], t: Tongue) -> s
 
 
 def _row(settings: Settings, downloads: Downloads, entry: CatalogueEntry, t: Tongue) -> list[str]:
-    title = f"{render.linked(entry.title, entry.url)}<small>{escape(entry.name)}</small>"
+    title = f"{render.linked(t(entry.title), entry.url)}<small>{escape(entry.name)}</small>"
     status = None if settings.public else downloads.status(entry.family, entry.name)
     try:
         known = Known.of(settings, entry)

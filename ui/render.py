@@ -123,7 +123,7 @@ def loading(event: Loading, t: Tongue = ENGLISH) -> str:
     done = size(event.done_bytes)
     told = t("{some} of {all}", some=done, all=size(event.total_bytes)) if event.total_bytes else done
     said = escape(t(text, part=words.the_part(event.component, t)))
-    return _status("busy", _bar(share) + f"<p>{said} <span>{told}</span></p>")
+    return _status("busy", _bar(share, t) + f"<p>{said} <span>{told}</span></p>")
 
 
 def step(event: Step, plan: Plan | None = None, t: Tongue = ENGLISH, before: str = "") -> str:
@@ -134,7 +134,9 @@ def step(event: Step, plan: Plan | None = None, t: Tongue = ENGLISH, before: str
     count = t(" · step {n} of {all}", n=event.step, all=event.steps) if event.steps > 1 else ""
     text = f"<p>{before}{escape(words.phase(event.phase, t))}{count}{left}</p>"
     meter = memory.meter(event.memory_bytes, plan, t) if plan and event.memory_bytes else ""
-    return _status("busy", f'{_bar(event.step / max(event.steps, 1))}<div class="line">{text}{meter}</div>')
+    return _status(
+        "busy", f'{_bar(event.step / max(event.steps, 1), t)}<div class="line">{text}{meter}</div>'
+    )
 
 
 def grid_progress(event: GridProgress, t: Tongue = ENGLISH) -> str:
@@ -191,12 +193,13 @@ def _status(state: str, inner: str) -> str:
     return f'<div class="status" data-state="{state}"{live}>{inner}</div>'
 
 
-def _bar(share: float | None) -> str:
+def _bar(share: float | None, t: Tongue = ENGLISH) -> str:
+    label = t("Progress")
     if share is None:
-        return '<div class="bar" role="progressbar" aria-label="Progress"><i class="unknown"></i></div>'
+        return f'<div class="bar" role="progressbar" aria-label="{label}"><i class="unknown"></i></div>'
     percent = round(100 * min(share, 1))
     return (
-        f'<div class="bar" role="progressbar" aria-label="Progress" aria-valuenow="{percent}">'
+        f'<div class="bar" role="progressbar" aria-label="{label}" aria-valuenow="{percent}">'
         f'<i style="width:{percent}%"></i></div>'
     )
 

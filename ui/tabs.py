@@ -32,8 +32,18 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 EXAMPLES = 4  # shown at once
 STARTING = f"(shown) => {json.dumps(render.starting())}"
 BUSY = json.dumps('data-state="busy"')
-REFUSED = json.dumps(render.failed("Not begun: the note in the corner of the page says why."))
-UNHEARD = f"(shown) => shown === {json.dumps(render.starting())} ? {REFUSED} : shown"
+
+
+def _refused(t: Tongue) -> str:
+    return render.failed(t("Not begun: the note in the corner of the page says why."))
+
+
+REFUSED = {code: _refused(i18n.tongue(code)) for code in i18n.LANGUAGES}
+UNHEARD = f"""(shown) => {{
+  const refused = {json.dumps(REFUSED)};
+  const spoken = refused[document.documentElement.lang.slice(0, 2)] ?? refused.en;
+  return shown === {json.dumps(render.starting())} ? spoken : shown;
+}}"""
 # A click on one of the buttons in the tab's list of jobs.
 CLICKED = """element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-cancel], button[data-show]');

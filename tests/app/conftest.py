@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 from gradio_client import Client
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.app.pages import NARROW, WIDE, opened
 from tests.app.support import Server, connected, hub, serving
 
 FLAGS = (
@@ -52,3 +53,13 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
         yield browser
         browser.close()
+
+
+@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
+def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
+    yield from opened(browser, server, viewport=request.param)
+
+
+@pytest.fixture
+def wide(browser: Browser, server: Server) -> Iterator[Page]:
+    yield from opened(browser, server, viewport=WIDE)

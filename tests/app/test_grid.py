@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +11,14 @@ from typing import Any
 import gradio as gr
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from backend import SD15Request, Settings, Studio
 from backend.errors import Cancelled, CheckpointError, InvalidRequest
 from backend.events import Event, Finished, GridProgress
 from backend.grid import Grid, fields, unfinished
 from backend.requests import REQUESTS
-from tests.app.pages import NARROW, WIDE, no_sideways_scroll, opened, prompt, slider, status
+from tests.app.pages import no_sideways_scroll, prompt, slider, status
 from tests.app.support import Server
 from tests.unit.test_grid import Pretence, stop_before
 from ui import grid as grids
@@ -28,16 +27,6 @@ from ui.jobs import Jobs
 from ui.visitors import COOKIE, visitor
 
 PROMPT = "a red house on green hills"
-
-
-@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
-def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=request.param)
-
-
-@pytest.fixture
-def wide(browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=WIDE)
 
 
 def unfold(page: Page) -> Locator:

@@ -29,16 +29,6 @@ SD15, SD3 = "Stable Diffusion 1.5", "Stable Diffusion 3"
 SIZE = r"[\d.]+ [KMG]iB"
 
 
-@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
-def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=request.param)
-
-
-@pytest.fixture
-def wide(browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=WIDE)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """On a machine with little memory."""

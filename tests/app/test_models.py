@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 from safetensors.torch import save_file
 
-from tests.app.pages import NARROW, WIDE, generate, no_sideways_scroll, open_tab, opened, slider
+from tests.app.pages import generate, no_sideways_scroll, open_tab, slider
 from tests.app.support import Server, serving
 from tests.checkpoints import sd15_folder, sd15_single_file
 from tests.unit.test_hub import Hub
@@ -52,16 +52,6 @@ def server(published: Hub, folder: Path, tmp_path_factory: pytest.TempPathFactor
     flags = ("--models-dir", str(place / "models"))
     with serving(place, *flags, HF_ENDPOINT=published.url, OMP_NUM_THREADS="1") as server:
         yield server
-
-
-@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
-def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=request.param)
-
-
-@pytest.fixture
-def wide(browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=WIDE)
 
 
 def models(page: Page) -> Locator:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,7 +13,6 @@ from gradio_client import Client
 from playwright.sync_api import Browser, Page, expect
 
 from tests.app.pages import (
-    NARROW,
     SEEN,
     WATCH,
     WIDE,
@@ -27,16 +26,6 @@ from tests.app.pages import (
 )
 from tests.app.support import LONG, Server
 from tests.checkpoints import sd15_folder
-
-
-@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
-def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=request.param)
-
-
-@pytest.fixture
-def wide(browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=WIDE)
 
 
 def make_it_long(page: Page) -> None:
@@ -68,6 +57,13 @@ def test_a_prompt_becomes_a_picture(page: Page, server: Server) -> None:
     kept = server.home / "outputs" / unquote(link.get_attribute("href") or "").removeprefix("pictures/")
     assert download.value.path().read_bytes() == kept.read_bytes()
     assert b"parameters\0a red house on green hills at night\n" in kept.read_bytes()
+
+
+def test_a_first_picture_takes_two_clicks(page: Page) -> None:
+    page.locator(".examples button").first.click()
+    page.get_by_role("button", name="Generate").click()
+    expect(status(page, "done")).to_contain_text("1 picture in")
+    expect(page.locator(".canvas img")).to_have_attribute("src", re.compile("^pictures/"))
 
 
 def test_the_picture_is_the_largest_thing(page: Page) -> None:

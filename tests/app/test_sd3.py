@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -17,7 +18,6 @@ from backend import Hardware, Settings, Studio
 from backend.events import Step
 from backend.requests import SD3Request
 from tests.app.pages import (
-    NARROW,
     SEEN,
     WATCH,
     WIDE,
@@ -215,7 +215,7 @@ def test_the_choices_stay_where_there_is_no_plan() -> None:
     def request(_: Any) -> SD3Request:
         return SD3Request(checkpoint="no such thing")
 
-    told = prices.teller(Studio(Settings(device="cpu")), request)()
+    told = prices.teller(Studio(Settings(device="cpu")), request)(gr.Request())
     assert (told["choices"], told["info"]) == (prices.CHOICES, prices.ABOUT)
 
 
@@ -225,11 +225,6 @@ def test_phases_in_plain_words() -> None:
 
 
 # ---- the tab
-
-
-@pytest.fixture(params=[WIDE, NARROW], ids=["wide", "narrow"])
-def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> Iterator[Page]:
-    yield from opened(browser, server, viewport=request.param)
 
 
 @pytest.fixture

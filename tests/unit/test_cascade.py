@@ -221,7 +221,7 @@ def test_guidance_in_any_order_equals_the_full_run(
         ({"dtype": "bfloat16"}, 2, 2),
         ({"decoder_steps": 1}, 0, 1),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
 )
 def test_each_setting_runs_just_what_depends_on_it(
     studio: Studio, folder: Path, forwards: list[Forward], changed: dict[str, Any], prior: int, decoder: int

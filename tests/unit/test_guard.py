@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.guarded import OURS, Answer, Server, server
+from ui import i18n
 from ui.guard.front import Guard
 from ui.guard.signin import FREE, PAUSE, Tries
 
@@ -278,7 +279,8 @@ def test_browsers_get_the_page_back(locked: Server) -> None:
     browser = OURS | {"accept": "text/html,*/*", "accept-language": "de"}
     answer = locked.ask("/login", "POST", body=b"username=me&password=wrong", headers=browser)
     assert answer.status == 401
-    assert b'<p role="alert">User or password is wrong.</p>' in answer.content
+    wrong = i18n.tongue("de")("User or password is wrong.")
+    assert f'<p role="alert">{wrong}</p>'.encode() in answer.content
     assert b'<html lang="de" dir="ltr">' in answer.content
     locked.gradio.answers["/login"] = (200, b'{"success":true}')
     answer = locked.ask("/login", "POST", body=b"username=me&password=secret", headers=browser)

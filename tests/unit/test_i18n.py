@@ -72,6 +72,7 @@ def named() -> set[str]:
         name for rows in (controls.SIZES, controls.PREFERENCES, controls.PRECISIONS) for name, _ in rows
     }
     licences = {entry.licence for entry in catalog.CATALOGUE}
+    licences |= {entry.title for entry in catalog.CATALOGUE if entry.bundled}
     told = {prices.ABOUT, prices.AUTO, *prices.NAMES.values(), *prices.HOW.values(), *memory.PLACED.values()}
     allowed = Hardware.card(gib=80, capability=(9, 0)).allows
     machine = {*models.KINDS.values(), *(models.ALLOWS.get(what, what) for what in allowed)}
