@@ -38,8 +38,8 @@ def check(request: Request) -> None:
     width, height = (_side(request, name) for name in ("width", "height"))
     if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
         raise InvalidRequest(
-            f"width × height is {width} × {height}; on this public server it can be up to {MOST_PIXELS} pixels, "
-            f"and no side longer than {MOST_SIDE}"
+            f"width × height is {width} × {height}; on this public server it can be up to {MOST_PIXELS} "
+            f"pixels, and no side longer than {MOST_SIDE}"
         )
 
 
