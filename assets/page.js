@@ -58,19 +58,38 @@
 
   // Pictures dropped beside those that are there join them; Gradio takes them on its small button alone. A PNG
   // dropped anywhere else has its settings restored, which the History tab does.
+  const fileInput = (place) => place?.querySelector('input[type=file]');
+  const restoring = async () => { // it is not there before its tab was seen
+    const found = () => fileInput(document.getElementById('restore-png'));
+    if (!found()) document.querySelector('[role=tab][data-tab-id=history]')?.click();
+    for (let tries = 0; tries < 100 && !found(); tries++) await new Promise((done) => setTimeout(done, 50));
+    return found();
+  };
   for (const kind of ['dragover', 'drop']) {
-    document.addEventListener(kind, (event) => {
+    document.addEventListener(kind, async (event) => {
       const files = [...(event.dataTransfer?.types ?? [])].includes('Files');
-      const place = event.target.closest?.('.image-prompts') ?? document.getElementById('restore-png');
-      const input = place?.querySelector('input[type=file]');
-      if (!files || !input || event.defaultPrevented) return;
-      event.preventDefault();
-      if (kind === 'drop' && event.dataTransfer.files.length) {
-        input.files = event.dataTransfer.files;
-        input.dispatchEvent(new Event('change', {bubbles: true}));
-      }
+      if (!files || event.defaultPrevented) return;
+      event.preventDefault(); // the browser would leave the page for the picture
+      if (kind === 'dragover') return;
+      const place = event.target.closest?.('.image-prompts'), dropped = event.dataTransfer.files;
+      const input = place ? fileInput(place) : await restoring();
+      if (!input || !dropped.length) return;
+      input.files = dropped;
+      input.dispatchEvent(new Event('change', {bubbles: true}));
     });
   }
+
+  // The tab that was open is open again.
+  const tabs = () => [...document.querySelectorAll('.families > .tab-wrapper [role=tab]')];
+  addEventListener('pagehide', () => {
+    localStorage.setItem('triptych-tab', tabs().findIndex((tab) => tab.getAttribute('aria-selected') === 'true'));
+  });
+  const reopen = (tries) => {
+    const tab = tabs()[Number(localStorage.getItem('triptych-tab') ?? 0)];
+    if (!tab && tries) return setTimeout(reopen, 50, tries - 1);
+    if (tab?.getAttribute('aria-selected') === 'false') tab.click();
+  };
+  reopen(100);
 
   // Ctrl+Enter (or Cmd+Enter) presses the open tab's Generate, Escape its Stop while it works.
   document.addEventListener('keydown', (event) => {

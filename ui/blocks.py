@@ -35,8 +35,10 @@ def build(jobs: Jobs, downloads: Downloads) -> gr.Blocks:
             filled = [tabs, *(each for sheet in sheets.values() for each in sheet.settings_outputs)]
             history.tab(jobs.studio, restore, filled)
             models.tab(jobs.studio, downloads)
-        for sheet in sheets.values():
-            sheet.load(demo)
+        first, *others = sheets.values()
+        first.load(demo.load)  # nobody selects the tab that is open from the start
+        for sheet in (first, *others):
+            sheet.load(sheet.opened.select)
         for family in REQUESTS.values():
             gr.api(endpoints.endpoint(jobs, family), api_name=family.family, concurrency_limit=None)
         gr.api(endpoints.planner(jobs.studio), api_name="plan", concurrency_limit=4)

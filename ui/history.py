@@ -125,7 +125,11 @@ class Shelf:
         if entry is None or not _is_ours(entry):
             gr.Warning(t("That picture is no longer there."))
             return self._blank()
-        return self.restore(page, entry.family, settings_of(entry))
+        settings = settings_of(entry)
+        if settings.get("images"):
+            gr.Info(t("Its image prompts were not kept: add them again."))
+            settings = settings | {"images": []}
+        return self.restore(page, entry.family, settings)
 
     def read(self, page: gr.Request, path: Any) -> list[Any]:
         """Open the tab that a PNG file belongs to, with its settings."""

@@ -253,7 +253,13 @@ def examples(texts: Sequence[str], t: Tongue = ENGLISH) -> str:
     return f'<div class="examples"><span>{t("Try")}</span>{chips}</div>' if texts else ""
 
 
-def vocabulary(known: Mapping[str, Sequence[str]], full: CatalogueEntry, t: Tongue = ENGLISH) -> str:
+def vocabulary(
+    known: Mapping[str, Sequence[str]],
+    full: CatalogueEntry,
+    t: Tongue = ENGLISH,
+    *,
+    strangers: bool = False,
+) -> str:
     """The note of a built-in demo checkpoint: what it is, what it knows, and the terms of the full one."""
     rows = "".join(
         f"<dt>{escape(t(kind))}</dt><dd>{escape(', '.join(each))}</dd>"
@@ -266,12 +272,20 @@ def vocabulary(known: Mapping[str, Sequence[str]], full: CatalogueEntry, t: Tong
         name=f"<b>{escape(full.name)}</b>",
     )
     terms = t("Terms of {name}: {terms}.", name=linked(full.title, full.url), terms=escape(t(full.licence)))
+    if strangers:  # who can have what is there, and nothing else
+        other, terms = "", ""
     return (
         f'<div class="note"><p><b>{about}</b> {other}</p>'
         f"<details><summary>{t('The words it knows')}</summary>"
         f"<p>{t('It reads English.')}</p><dl>{rows}</dl></details>"
         f'<p class="terms">{terms}</p></div>'
     )
+
+
+def absent(size_bytes: int, t: Tongue = ENGLISH) -> str:
+    """Of a checkpoint that is not on this machine."""
+    text = t("Not on this machine yet: Generate downloads it first, {size}.", size=size(size_bytes))
+    return f'<div class="note"><p><b>{text}</b></p></div>'
 
 
 def licence(title: str, text: str, page: str | None, t: Tongue = ENGLISH) -> str:

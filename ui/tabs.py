@@ -15,7 +15,7 @@ from backend.errors import TriptychError
 from backend.requests import Request, SD3Request, SD15Request, StableCascadeRequest
 from backend.studio import CheckpointInfo
 from backend.weights import local
-from ui import controls, forms, handlers, i18n, prices, render
+from ui import checkpoints, controls, forms, handlers, i18n, prices, render
 from ui.controls import CUSTOM, Controls
 from ui.grid import GridFold, fold
 from ui.handlers import Desk, Easel, Update
@@ -29,6 +29,11 @@ LISTENING: dict[str, Any] = {
     "show_progress": "hidden",
 }
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+PLANNING: dict[str, Any] = {
+    "trigger_mode": "always_last",
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
 EXAMPLES = 4  # shown at once
 STARTING = f"(shown) => {json.dumps(render.starting())}"
 BUSY = json.dumps('data-state="busy"')
@@ -56,6 +61,8 @@ KEEP = """(...values) => {
   return window.triptychReady?.has(%s) ? Object.fromEntries(names.map((name, n) => [name, values[n]])) : kept;
 }"""
 READY = "() => { (window.triptychReady ??= new Set()).add(%s); }"
+# What was kept, the first time that the tab is seen: before, its components are not there to be filled.
+ONCE = "(kept) => window.triptychReady?.has(%s) ? null : kept"
 PLANNED_BY = frozenset(
     (
         *("checkpoint", "config_from", "width", "height", "num_images", "dtype", "prefer"),
@@ -107,10 +114,11 @@ def _tab(
     """A family's tab. Of its own are the controls that these make of the demo's defaults: `sampling`, the
     `choices` in the Advanced fold, and what it asks `further` beside the prompts."""
     info, strangers = jobs.studio.describe(family.family, "demo"), jobs.public
-    with gr.Tab(catalog.FAMILIES[family.family].title, id=family.family), gr.Row(elem_classes="studio"):
+    title = catalog.FAMILIES[family.family].title
+    with gr.Tab(title, id=family.family) as opened, gr.Row(elem_classes="studio"):
         fields, generate, stop = _ask(further)
         easel, again = _side()
-        about = _about(family, info)
+        about = _about(family, info, strangers=strangers)
         with gr.Column(elem_classes="tune"):
             shape, size = controls.size_and_shape(info.defaults, family.size_multiple)
             fields |= size | sampling(info.defaults, strangers=strangers)
@@ -123,7 +131,7 @@ def _tab(
             grid = fold(jobs.studio, family)
         kept = gr.BrowserState({}, storage_key=f"triptych-{family.family}", secret="triptych")
     desk = Desk(jobs, family, easel)
-    sheet = Sheet(desk, Controls(fields), shape, about, grid, kept, tuple(info.defaults))
+    sheet = Sheet(desk, Controls(fields), shape, about, grid, kept, opened, tuple(info.defaults))
     sheet.connect(Buttons(generate, stop, random, reuse, again))
     return sheet
 
@@ -148,12 +156,14 @@ class About:
     note: gr.HTML
 
     @staticmethod
-    def of(family: type[Request], info: CheckpointInfo, t: Tongue = ENGLISH) -> tuple[str, str]:
+    def of(
+        family: type[Request], info: CheckpointInfo, t: Tongue = ENGLISH, *, strangers: bool = False
+    ) -> tuple[str, str]:
         known, full = info.vocabulary, catalog.published(family.family)
         entry = catalog.entry(family.family, info.name)
         page = entry.url if entry else None
         told = render.licence(info.title, info.licence, page, t)
-        note = render.vocabulary(known, full, t) if known else told
+        note = render.vocabulary(known, full, t, strangers=strangers) if known else told
         return render.examples(info.examples[:EXAMPLES], t), note
 
 
@@ -182,8 +192,8 @@ def _side() -> tuple[Easel, gr.Button]:
     return Easel(canvas, status, files, plan, jobs, last), again
 
 
-def _about(family: type[Request], info: CheckpointInfo) -> About:
-    examples, note = About.of(family, info)
+def _about(family: type[Request], info: CheckpointInfo, *, strangers: bool) -> About:
+    examples, note = About.of(family, info, strangers=strangers)
     with gr.Column(elem_classes="about"):
         return About(gr.HTML(examples), gr.HTML(note))
 
@@ -195,8 +205,8 @@ def _about(family: type[Request], info: CheckpointInfo) -> About:
 class Sheet:
     """A tab's components and what connects them; nothing here knows which family it is.
 
-    `kept` are the settings that the browser remembers, `defaults` the fields that a checkpoint has its own
-    values of.
+    `kept` are the settings that the browser remembers, `opened` is the tab itself, `defaults` the fields that
+    a checkpoint has its own values of.
     """
 
     desk: Desk
@@ -205,6 +215,7 @@ class Sheet:
     about: About
     grid: GridFold
     kept: gr.BrowserState
+    opened: gr.Tab
     defaults: tuple[str, ...]
 
     @property
@@ -222,7 +233,7 @@ class Sheet:
     @property
     def settings_outputs(self) -> list[Any]:
         """What `filled` fills."""
-        return [self.about.examples, self.about.note, self.shape, *self.controls.inputs]
+        return [self.about.examples, self.about.note, self.shape, *self.controls.inputs, self.kept]
 
     def connect(self, buttons: Buttons) -> None:
         self._connect_painting(buttons)
@@ -275,29 +286,31 @@ class Sheet:
         choice.input(self.choose, choice, outputs, **QUIET)  # not on change: reused settings are not defaults
         choice.focus(self.checkpoints, None, choice, **QUIET)  # what was put into the folder meanwhile
         if sampler := self.controls.by_field.get("sampler"):
-            gr.on(sampler.change, self.sampler_info, sampler, sampler, **QUIET)  # pyright: ignore
+            gr.on(sampler.change, self.sampler_info, sampler, sampler, **QUIET)
 
     def _connect_plan(self) -> None:
-        self._plan(handlers.plan_in_words, PLANNED_BY, self.easel.plan)
-        if t5 := self.controls.by_field.get("t5"):
-            self._plan(prices.teller, PLANNED_BY - {"t5"}, t5)
+        """On every change of what the plan depends on; `load` asks for the first."""
+        for handler, inputs, output in self._plans:
+            gr.on([each.change for each in inputs], handler, inputs, output, **PLANNING)
 
-    def _plan(self, of: Callable[..., Callable[..., Any]], by: Collection[str], output: Any) -> None:
-        """Tell in `output` what `of` makes of the studio and of a request."""
+    @property
+    def _plans(self) -> list[tuple[Callable[..., Any], list[Any], Any]]:
+        """What is told before anything loads: handler, inputs and output of each."""
+        plans = [self._plan(handlers.plan_in_words, PLANNED_BY, self.easel.plan)]
+        if t5 := self.controls.by_field.get("t5"):
+            plans.append(self._plan(prices.teller, PLANNED_BY - {"t5"}, t5))
+        return plans
+
+    def _plan(
+        self, of: Callable[..., Callable[..., Any]], by: Collection[str], output: Any
+    ) -> tuple[Callable[..., Any], list[Any], Any]:
+        """Tells in `output` what `of` makes of the studio and of a request."""
         chosen = Controls({name: each for name, each in self.controls.by_field.items() if name in by})
 
         def request(values: Sequence[Any]) -> Request:
             return forms.build_shown(self.family, chosen.fields(values), public=self.jobs.public)
 
-        gr.on(
-            None,  # when the page loads, and on every change of these
-            of(self.jobs.studio, request),
-            chosen.inputs,
-            output,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        return of(self.jobs.studio, request), [*chosen.inputs], output
 
     def _connect_kept(self) -> None:
         """Remember the settings in the browser, from when they have been filled in."""
@@ -312,14 +325,16 @@ class Sheet:
     def _keep(self) -> str:
         return KEEP % (json.dumps([*self._lasting]), json.dumps(self.family.family))
 
-    def load(self, demo: gr.Blocks) -> None:
-        """When the page comes, or comes back: its language, the settings as they were, the jobs."""
-        easel = self.easel
+    def load(self, seen: Callable[..., Dependency]) -> None:
+        """When the tab is seen: at first its language and the settings as they were, then always its jobs."""
+        easel, name = self.easel, json.dumps(self.family.family)
         outputs = [easel.canvas, easel.status, *self.settings_outputs]
-        filled = demo.load(self.greet, self.kept, outputs, **QUIET)
-        ready = filled.then(None, js=READY % json.dumps(self.family.family), **QUIET)
+        filled = seen(self.greet, self.kept, outputs, js=ONCE % name, **QUIET)
+        ready = filled.then(None, js=READY % name, **QUIET)
         typed = [*self._lasting.values(), self.kept]  # it may have been while the page came
         ready.then(None, typed, self.kept, js=self._keep, **QUIET)
+        for handler, inputs, output in self._plans:
+            filled.then(handler, inputs, output, **PLANNING)
         filled.then(self.desk.watch, None, easel.outputs, **LISTENING)
 
     def _field(self, name: str) -> Any:
@@ -378,15 +393,20 @@ class Sheet:
             shape = next(fitting, CUSTOM)  # the first is the square
         if checkpoint:
             _, about = self._describe(str(checkpoint), t)
-        return [*about, shape, *self.controls.filled(dict(settings))]
+        values = dict(zip(self.controls.by_field, self.controls.filled(dict(settings)), strict=True))
+        kept = {name: value for name, value in values.items() if name in self._lasting and value != gr.skip()}
+        return [*about, shape, *values.values(), kept]
 
     def greet(self, kept: Any, page: gr.Request) -> list[Any]:
         """The canvas, the progress line and the settings as the browser kept them, in its language."""
+        if kept is None:
+            return [gr.skip()] * (2 + len(self.settings_outputs))
         t = i18n.of(page)
         settings = self.controls.sound(kept)
         _, about = self._describe(settings.get("checkpoint", "demo"), t)
         updates = self.filled(settings, t) if settings else [gr.skip()] * len(self.settings_outputs)
-        filled = dict(zip(["examples", "note", "shape", *self.controls.by_field], updates, strict=True))
+        names = ["examples", "note", "shape", *self.controls.by_field, "kept"]
+        filled = dict(zip(names, updates, strict=True))
         filled["examples"], filled["note"] = about
         choices: dict[str, Any] = {"shape": controls.shapes(t), **controls.choices(self.family.family, t)}
         for name, rows in choices.items():
@@ -415,7 +435,19 @@ class Sheet:
         except TriptychError as error:
             told = t.told(handlers.explain(error, self.jobs.studio.settings))
             return None, ("", render.problem(told))
-        return info, About.of(self.family, info, t)
+        examples, note = About.of(self.family, info, t, strangers=self.jobs.public)
+        return info, (examples, note + self._absent(checkpoint, t))
+
+    def _absent(self, checkpoint: str, t: Tongue) -> str:
+        """That a checkpoint is to be downloaded first, and how much."""
+        entry = catalog.entry(self.family.family, checkpoint)
+        if entry is None or entry.bundled or self.jobs.public:
+            return ""
+        try:
+            known = checkpoints.Known.of(self.jobs.studio.settings, entry)
+        except TriptychError:
+            return ""
+        return render.absent(known.bytes, t) if known.lacking else ""
 
 
 def _with(update: Any, **properties: Any) -> Any:
