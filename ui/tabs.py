@@ -285,7 +285,8 @@ class Sheet:
         outputs = [self.about.examples, self.about.note, self.shape, *own]
         choice.input(self.choose, choice, outputs, **QUIET)  # not on change: reused settings are not defaults
         choice.focus(self.checkpoints, None, choice, **QUIET)  # what was put into the folder meanwhile
-        if sampler := self.controls.by_field.get("sampler"):
+        sampler: Any = self.controls.by_field.get("sampler")
+        if sampler is not None:
             gr.on(sampler.change, self.sampler_info, sampler, sampler, **QUIET)
 
     def _connect_plan(self) -> None:
@@ -314,8 +315,9 @@ class Sheet:
 
     def _connect_kept(self) -> None:
         """Remember the settings in the browser, from when they have been filled in."""
-        changes = [each.change for each in self._lasting.values()]  # pyright: ignore[reportAttributeAccessIssue]
-        gr.on(changes, None, [*self._lasting.values(), self.kept], self.kept, js=self._keep, **QUIET)
+        lasting: list[Any] = [*self._lasting.values()]
+        changes = [each.change for each in lasting]
+        gr.on(changes, None, [*lasting, self.kept], self.kept, js=self._keep, **QUIET)
 
     @property
     def _lasting(self) -> Fields:

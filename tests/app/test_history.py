@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 from collections.abc import Iterator
@@ -52,6 +53,12 @@ OTHER_TOOL = (
     " Seed: 4711, Size: 128x192, Model: ponyXL_v6, VAE hash: 735e4c3a44, Hires upscale: 2, Version: v1.10.1"
 )
 KEPT = 3000
+# Drops a PNG, given in base64, on an element.
+DROP = """(element, content) => {
+  const bytes = Uint8Array.from(atob(content), (each) => each.charCodeAt(0)), data = new DataTransfer();
+  data.items.add(new File([bytes], 'dropped.png', {type: 'image/png'}));
+  element.dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}));
+}"""
 
 
 @pytest.fixture
@@ -154,8 +161,10 @@ def test_settings_are_had_back(wide: Page, server: Server, tmp_path: Path) -> No
     }.items():
         expect(panel.get_by_label(label, exact=True)).to_have_value(value)
 
+    wide.reload()  # so that the field for files is not there yet
+    expect(wide.get_by_role("tab", name="Stable Cascade")).to_have_attribute("aria-selected", "true")
     field, note = wide.locator("#restore-png input[type=file]"), wide.locator(".toast-body")
-    field.set_input_files(ours)
+    wide.locator(".canvas:visible").evaluate(DROP, base64.b64encode(ours.read_bytes()).decode())
     expect(note).to_contain_text("Restored into Stable Diffusion 1.5.")
     expect(note).not_to_contain_text("Not known")
     expect(wide.get_by_role("tab", name="Stable Diffusion 1.5")).to_have_attribute("aria-selected", "true")

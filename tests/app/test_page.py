@@ -18,6 +18,7 @@ from tests.app.pages import (
     WIDE,
     generate,
     no_sideways_scroll,
+    open_tab,
     opened,
     prompt,
     slider,
@@ -206,6 +207,21 @@ def test_a_full_queue_is_told(wide: Page) -> None:
     wide.unroute_all()
     slider(wide, "Steps", 2)
     generate(wide)
+
+
+def test_every_tab_is_found_as_it_was_left(wide: Page) -> None:
+    panel = open_tab(wide, "Stable Diffusion 3")
+    prompt(panel).fill("a castle that is kept")
+    slider(panel, "Steps", 3)
+    wide.reload()
+    expect(wide.get_by_role("tab", name="Stable Diffusion 3")).to_have_attribute("aria-selected", "true")
+    expect(prompt(panel)).to_have_value("a castle that is kept")
+    expect(panel.get_by_label("number input for Steps")).to_have_value("3")
+    expect(panel.locator(".plan .bars")).to_be_visible()
+    open_tab(wide, "Stable Diffusion 1.5")
+    expect(prompt(panel)).to_have_value("")
+    open_tab(wide, "Stable Diffusion 3")
+    expect(prompt(panel)).to_have_value("a castle that is kept")
 
 
 def test_a_seed_is_reused(wide: Page) -> None:
