@@ -282,16 +282,13 @@ def vocabulary(
     )
 
 
-def absent(size_bytes: int, t: Tongue = ENGLISH) -> str:
-    """Of a checkpoint that is not on this machine."""
-    text = t("Not on this machine yet: Generate downloads it first, {size}.", size=size(size_bytes))
-    return f'<div class="note"><p><b>{text}</b></p></div>'
-
-
-def licence(title: str, text: str, page: str | None, t: Tongue = ENGLISH) -> str:
+def licence(title: str, text: str, page: str | None, t: Tongue = ENGLISH, *, lacking: int = 0) -> str:
+    """The note of any other; `lacking` are the bytes that are to be downloaded first."""
     unknown = t("Licence unknown: see where it came from.")
     terms = t("Licence of its weights: {terms}.", terms=escape(t(text))) if text else unknown
-    return f'<div class="note"><p><b>{linked(title, page)}</b>. {terms}</p></div>'
+    first = t("Not on this machine yet: Generate downloads it first, {size}.", size=size(lacking))
+    absent = f"<p><b>{first}</b></p>" if lacking else ""
+    return f'<div class="note"><p><b>{linked(title, page)}</b>. {terms}</p>{absent}</div>'
 
 
 def linked(title: str, page: str | None) -> str:

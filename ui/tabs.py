@@ -157,12 +157,17 @@ class About:
 
     @staticmethod
     def of(
-        family: type[Request], info: CheckpointInfo, t: Tongue = ENGLISH, *, strangers: bool = False
+        family: type[Request],
+        info: CheckpointInfo,
+        t: Tongue = ENGLISH,
+        *,
+        strangers: bool = False,
+        lacking: int = 0,
     ) -> tuple[str, str]:
         known, full = info.vocabulary, catalog.published(family.family)
         entry = catalog.entry(family.family, info.name)
         page = entry.url if entry else None
-        told = render.licence(info.title, info.licence, page, t)
+        told = render.licence(info.title, info.licence, page, t, lacking=lacking)
         note = render.vocabulary(known, full, t, strangers=strangers) if known else told
         return render.examples(info.examples[:EXAMPLES], t), note
 
@@ -437,19 +442,19 @@ class Sheet:
         except TriptychError as error:
             told = t.told(handlers.explain(error, self.jobs.studio.settings))
             return None, ("", render.problem(told))
-        examples, note = About.of(self.family, info, t, strangers=self.jobs.public)
-        return info, (examples, note + self._absent(checkpoint, t))
+        public = self.jobs.public
+        return info, About.of(self.family, info, t, strangers=public, lacking=self._lacking(checkpoint))
 
-    def _absent(self, checkpoint: str, t: Tongue) -> str:
-        """That a checkpoint is to be downloaded first, and how much."""
+    def _lacking(self, checkpoint: str) -> int:
+        """Bytes of a catalogued checkpoint that are to be downloaded first."""
         entry = catalog.entry(self.family.family, checkpoint)
         if entry is None or entry.bundled or self.jobs.public:
-            return ""
+            return 0
         try:
             known = checkpoints.Known.of(self.jobs.studio.settings, entry)
         except TriptychError:
-            return ""
-        return render.absent(known.bytes, t) if known.lacking else ""
+            return 0
+        return known.bytes if known.lacking else 0
 
 
 def _with(update: Any, **properties: Any) -> Any:
