@@ -44,7 +44,7 @@ def tab(studio: Studio, restore: Restore, outputs: Sequence[Any]) -> None:
         "queue": False,
     }  # a note in the corner of the page comes through the queue alone
     shelf = Shelf(studio, restore, len(outputs))
-    # Its children are there from the start: a PNG that is dropped on any tab goes to the field in this one.
+    # Its children stay once they were seen: a PNG that is dropped on any tab goes to the field in this one.
     with gr.Tab(label("History"), id="history", render_children=True) as opened:
         with gr.Row(elem_classes="history-bar"):
             search = gr.Textbox(

@@ -267,18 +267,19 @@ def vocabulary(
         if each
     )
     about = t("This is the built-in demo, a very small model that paints flat postcards and nothing else.")
-    other = t(
-        "For any other picture choose {name}, or a checkpoint of your own, under Advanced.",
-        name=f"<b>{escape(full.name)}</b>",
-    )
-    terms = t("Terms of {name}: {terms}.", name=linked(full.title, full.url), terms=escape(t(full.licence)))
-    if strangers:  # who can have what is there, and nothing else
-        other, terms = "", ""
+    other = terms = ""
+    if not strangers:  # who can have what is there, and nothing else
+        name, link = f"<b>{escape(full.name)}</b>", linked(full.title, full.url)
+        other = t(
+            "For any other picture choose {name}, or a checkpoint of your own, under Advanced.", name=name
+        )
+        told = t("Terms of {name}: {terms}.", name=link, terms=escape(t(full.licence)))
+        terms = f'<p class="terms">{told}</p>'
     return (
         f'<div class="note"><p><b>{about}</b> {other}</p>'
         f"<details><summary>{t('The words it knows')}</summary>"
         f"<p>{t('It reads English.')}</p><dl>{rows}</dl></details>"
-        f'<p class="terms">{terms}</p></div>'
+        f"{terms}</div>"
     )
 
 

@@ -36,7 +36,6 @@ PLANNING: dict[str, Any] = {
 }
 EXAMPLES = 4  # shown at once
 STARTING = f"(shown) => {json.dumps(render.starting())}"
-BUSY = json.dumps('data-state="busy"')
 
 
 def _refused(t: Tongue) -> str:
