@@ -90,6 +90,15 @@ def connected(server: Server, folder: Path) -> Client:
     return Client(server.url, verbose=False, download_files=str(folder), httpx_kwargs=patience)
 
 
+def called_by(server: Server, host: str) -> int:
+    """The status of the page, when it is called by that name."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": host})) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -7,8 +7,6 @@ import base64
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 from mcp.types import CallToolResult, ImageContent, TextContent
 
-from tests.app.support import Server, serving
+from tests.app.support import Server, called_by, serving
 from ui import sharing
 
 PATIENCE = 60.0  # seconds, for what takes one on a machine that is not busy
@@ -80,26 +78,17 @@ def login(server: Server) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def status(server: Server, host: str) -> int:
-    """Of the page, when it is called by that name."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": host})) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 def test_the_page_answers_before_there_is_a_link_and_under_it_after(shared: Server) -> None:
     folder = shared.home.parent / "hub"
     wait_for((folder / "asked").exists, "the tunnel was not asked for")
     port = shared.url.rsplit(":", 1)[1].strip("/")
     assert f"-l {port} -i 127.0.0.1" in (folder / "asked").read_text()
     assert "Shared at" not in shared.log.read_text()
-    assert status(shared, "127.0.0.1") == 200
-    assert status(shared, HOST) == 400
+    assert called_by(shared, "127.0.0.1") == 200
+    assert called_by(shared, HOST) == 400
     (folder / "go").touch()
     wait_for(lambda: "Shared at" in shared.log.read_text(), "no link was told")
-    assert status(shared, HOST) == 200
+    assert called_by(shared, HOST) == 200
 
 
 def test_all_that_is_said_is_where_it_is_and_how_to_sign_in_once(shared: Server) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from app import parse
 from backend import Settings
 from backend.settings import CHOICES
 from tests import spaces_package
-from tests.app.support import LONG, ROOT, Server, connected, environment, hub, serving
+from tests.app.support import LONG, ROOT, Server, called_by, connected, environment, hub, serving
 
 PATIENCE = 60.0  # seconds, for what takes one on a machine that is not busy
 HOSTED = {  # as a Space sets them
@@ -282,19 +281,10 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             yield server
 
 
-def status(server: Server, host: str) -> int:
-    """Of the page, when it is called by that name."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.url, headers={"Host": host})) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 def test_a_space_answers_from_outside_by_its_names(space: Server) -> None:
-    assert status(space, "me-triptych.hf.space") == 200
-    assert status(space, "studio.example.org") == 200
-    assert status(space, "rebound.example.org") == 400
+    assert called_by(space, "me-triptych.hf.space") == 200
+    assert called_by(space, "studio.example.org") == 200
+    assert called_by(space, "rebound.example.org") == 400
     with urllib.request.urlopen(space.url.replace("127.0.0.1", "127.0.0.2")) as answer:  # on all addresses
         assert "https://huggingface.co" in answer.headers["Content-Security-Policy"]
         assert "SameSite=None; Secure; Partitioned" in answer.headers["Set-Cookie"]
