@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from backend.errors import CheckpointError
 from backend.nn.configs import read_config, require, require_each
 from backend.nn.layers import ResnetBlock, TimestepEmbedding, Upsample, attend, sinusoidal_embedding
+from backend.nn.lowrank import product
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -160,8 +161,8 @@ class GatedGelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # two products: the halves of one would be strided, and slower to read than to compute; the gate's
         # first, so that no more than two of them are in memory at once
-        value, gate = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
-        return F.gelu(F.linear(x, *gate)).mul_(F.linear(x, *value))
+        half = self.proj.out_features // 2
+        return F.gelu(product(self.proj, x, slice(half, None))).mul_(product(self.proj, x, slice(half)))
 
 
 class FeedForward(nn.Module):
@@ -202,7 +203,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, config: UNetConfig, heads: int, layers: int, only_cross: bool) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        linear = config.use_linear_projection
+        linear = config.use_linear_projection  # or the 1×1 convolutions that older checkpoints hold
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, config, heads, only_cross) for _ in range(layers)
@@ -212,17 +213,11 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-        tokens = pointwise(self.proj_in, tokens)  # (B, h·w, C)
+        tokens = product(self.proj_in, tokens)  # (B, h·w, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        tokens = pointwise(self.proj_out, tokens)
+        tokens = product(self.proj_out, tokens)
         return x + tokens.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def pointwise(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """A linear layer, or the 1×1 convolution that older checkpoints hold in its place, over (B, N, C)."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):
