@@ -15,7 +15,7 @@ from typing import Any
 from backend.errors import CheckpointError
 from backend.weights import original
 from backend.weights.files import Shapes
-from backend.weights.keymap import Origin, inside, numbers, shares
+from backend.weights.keymap import Origin, Place, inside, numbers, shares
 
 COMPONENTS = (
     "prior", "prior_lite", "decoder", "decoder_lite", "vqgan", "text_encoder", "image_encoder",
@@ -136,6 +136,31 @@ STACKED = re.compile(r"(?P<block>.*\.attention\.)attn\.in_proj_(?P<kind>weight|b
 STAGE_B_NAMES = {"clip_mapper.": "clip_txt_pooled_mapper."}
 STAGE_A_NAMES = {"vquantizer.codebook.": "vquantizer.embedding."}
 
+# How the names of a LoRA's layers begin → the component that they are of; without any of these the first's.
+LORA_PREFIXES = {
+    "": "prior",
+    **dict.fromkeys(
+        ("prior.", "unet.", "lora_prior_unet_", "lora_unet_", "base_model.model.", "diffusion_model."),
+        "prior",
+    ),
+    **dict.fromkeys(("decoder.", "lora_decoder_unet_"), "decoder"),
+    **dict.fromkeys(
+        ("text_encoder.", "prior_text_encoder.", "lora_prior_te_", "lora_te_", "lora_te1_"), "text_encoder"
+    ),
+}
+# Layers that no other family has, as the hub's and the trainers' layouts call them.
+LORA_TELLS = (
+    r"^lora_prior_|^prior\.|attention[._](attn[._])?(to_|in_proj|out_proj)|kv_mapper|channelwise"
+    r"|clip_txt_|clip_img_"
+)
+LORA_NAMES = {  # of the original's attention: here → there
+    ".attention.to_out.0": (".attention.attn.out_proj",),
+    ".attention.to_q": (".attention.attn.to_q",),
+    ".attention.to_k": (".attention.attn.to_k",),
+    ".attention.to_v": (".attention.attn.to_v",),
+}
+LORA_STACKED = ".attention.attn.in_proj"
+
 
 def check(component: str, config: Mapping[str, Any]) -> None:
     """Refuse networks of other kinds, by name. Raises CheckpointError."""
@@ -182,6 +207,42 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
         else:
             out[_ours(component, name)] = Origin(name, shape)
     return {component: out}
+
+
+def lora_names(component: str, paths: Shapes) -> dict[str, list[Place]]:
+    """What LoRA files call a component's layers: name → the layers at some of these `paths` that it is."""
+    if component == "text_encoder":
+        return original.clip_lora_names(paths)
+    found = {path: [Place(path)] for path in paths}
+    for path in paths:
+        for end, theirs in LORA_NAMES.items():
+            if path.endswith(end):
+                found |= {path.removesuffix(end) + each: [Place(path)] for each in theirs}
+    for block in _attentions(paths):
+        found[block + LORA_STACKED] = _stacked(block)
+    return found
+
+
+def lora_order(paths: Shapes) -> list[list[Place]]:
+    """The layers in the order in which the original release's LoRA files number them: of each attention the
+    result's, then the one of queries, keys and values."""
+    places: list[list[Place]] = []
+    for block in _attentions(paths):
+        places += [[Place(f"{block}.attention.to_out.0")], _stacked(block)]
+    return places
+
+
+def _stacked(block: str) -> list[Place]:
+    return [Place(f"{block}.attention.to_{letter}", chunk=(n, 3)) for n, letter in enumerate("qkv")]
+
+
+def _attentions(paths: Shapes) -> list[str]:
+    """The blocks with attention, as they run."""
+    end = ".attention.to_q"
+    blocks = [path.removesuffix(end) for path in paths if path.endswith(end)]
+    return sorted(
+        blocks, key=lambda path: [int(part) if part.isdigit() else part for part in path.split(".")]
+    )
 
 
 def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -> dict[str, Any]:

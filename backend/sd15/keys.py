@@ -12,7 +12,7 @@ from typing import Any
 from backend.errors import CheckpointError
 from backend.weights import original
 from backend.weights.files import Shapes
-from backend.weights.keymap import Origin, Table, inside, numbers, place
+from backend.weights.keymap import Origin, Place, Table, inside, numbers, place
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 REQUIRED = COMPONENTS  # what no picture can be made without
@@ -97,6 +97,21 @@ UNET_RESNET = {
     ".skip_connection.": ".conv_shortcut.",
 }
 
+# How the names of a LoRA's layers begin → the component that they are of; without any of these the first's.
+LORA_PREFIXES = {
+    "": "unet",
+    **dict.fromkeys(("unet.", "lora_unet_", "lycoris_", "base_model.model.", "diffusion_model."), "unet"),
+    **dict.fromkeys(("text_encoder.", "lora_te_", "lora_te1_"), "text_encoder"),
+}
+# Layers that no other family has, as the hub's and the trainers' layouts call them.
+LORA_TELLS = (
+    r"blocks?[._](\d+[._])?(attentions|resnets|downsamplers|upsamplers)[._]"
+    r"|^lora_te_|^text_encoder\.(?!.*(joint|transformer)_blocks)"
+)
+LORA_EARLY = {  # of the first files in the hub's layout: here → there
+    ".attn1.to_": ".attn1.processor.to_", ".attn2.to_": ".attn2.processor.to_", ".to_out.0": ".to_out",
+}  # fmt: skip
+
 
 def check(component: str, config: Mapping[str, Any]) -> None:
     """Refuse, by name, UNets that want more than latents. Raises CheckpointError."""
@@ -156,6 +171,14 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
             f"checkpoint ({', '.join(unknown[:4])}{', …' if len(unknown) > 4 else ''})"
         )
     return out
+
+
+def lora_names(component: str, paths: Shapes) -> dict[str, list[Place]]:
+    """What LoRA files call a component's layers: name → the layer at one of these `paths`."""
+    if component == "text_encoder":
+        return original.clip_lora_names(paths)
+    early = {inside(path, LORA_EARLY): [Place(path)] for path in paths}
+    return early | {path: [Place(path)] for path in paths}
 
 
 def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from backend.errors import CheckpointError
 from backend.weights import original
 from backend.weights.files import Shapes
-from backend.weights.keymap import Origin, Table, inside, numbers, place, shares
+from backend.weights.keymap import Origin, Place, Table, inside, inverted, numbers, place, shares
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 REQUIRED = ("transformer", "vae", "text_encoder", "text_encoder_2")  # what no picture can be made without
@@ -128,6 +128,36 @@ STACKED = re.compile(r"(.*\.)(x|context)_block\.(attn2?)\.qkv\.(weight|bias)")
 TO_EACH = {"x": "to_{}", "context": "add_{}_proj"}
 PROJECTION = "text_projection.weight"
 
+# How the names of a LoRA's layers begin → the component that they are of; without any of these the first's.
+LORA_PREFIXES = {
+    "": "transformer",
+    **dict.fromkeys(
+        ("transformer.", "lora_transformer_", "lora_unet_", "lycoris_", "base_model.model.",
+         "diffusion_model.", PREFIX), "transformer",
+    ),
+    **dict.fromkeys(("text_encoder.", "lora_te1_"), "text_encoder"),
+    **dict.fromkeys(("text_encoder_2.", "lora_te2_"), "text_encoder_2"),
+    **dict.fromkeys(("text_encoder_3.", "lora_te3_"), "text_encoder_3"),
+}  # fmt: skip
+# Layers that no other family has, as the hub's and the trainers' layouts call them.
+LORA_TELLS = (
+    r"joint_blocks|transformer_blocks[._]\d+[._](attn2?|ff|ff_context|norm1|norm1_context)[._]|^lora_te3_"
+)
+# The original's layers that a LoRA can be for: of the whole, and of each block.
+LORA_LAYERS = (
+    "context_embedder", "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0",
+    "y_embedder.mlp.2", "final_layer.adaLN_modulation.1", "final_layer.linear",
+)  # fmt: skip
+LORA_BLOCK_LAYERS = (
+    "attn.qkv",
+    "attn.proj",
+    "attn2.qkv",
+    "attn2.proj",
+    "mlp.fc1",
+    "mlp.fc2",
+    "adaLN_modulation.1",
+)
+
 
 def check(component: str, config: Mapping[str, Any]) -> None:
     """Refuse networks of other kinds, by name. Raises CheckpointError."""
@@ -209,6 +239,27 @@ def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:
         else:
             out[component] = _embedded_once(named)
     return out
+
+
+def lora_names(component: str, paths: Shapes) -> dict[str, list[Place]]:
+    """What LoRA files call a component's layers: name → the layers at some of these `paths` that it is."""
+    if component in ("text_encoder", "text_encoder_2"):
+        return original.clip_lora_names(paths)
+    same = {path: [Place(path)] for path in paths}
+    if component != "transformer":
+        return same
+    blocks = numbers(r"transformer_blocks\.(\d+)\.", paths)
+    layers = [
+        *LORA_LAYERS,
+        *(
+            f"joint_blocks.{block}.{stream}_block.{layer}"
+            for block in blocks
+            for stream in TO_EACH
+            for layer in LORA_BLOCK_LAYERS
+        ),
+    ]
+    ours = _transformer({f"{layer}.weight": Origin(f"{layer}.weight", (6,)) for layer in layers})
+    return inverted(ours, paths) | same
 
 
 def config(component: str, shapes: Shapes, settings: Mapping[str, Any] | None) -> dict[str, Any]:

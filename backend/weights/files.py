@@ -118,6 +118,17 @@ def _read_header(path: Path, size: int, changed_ns: int) -> Mapping[str, tuple[t
     return out
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, {} of others. Raises CheckpointError for a damaged one."""
+    if path.suffix != ".safetensors":
+        return {}
+    shapes(path)  # says what is wrong
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        told = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in told.items()} if isinstance(told, dict) else {}
+
+
 class Tensors(Mapping[str, "Tensor"]):
     """The tensors of safetensors files as one mapping.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from backend.errors import CheckpointError
 
@@ -26,6 +26,15 @@ class Origin:
 
     name: str | None
     shape: tuple[int, ...]
+    chunk: tuple[int, int] | None = None
+    swapped: bool = False
+
+
+class Place(NamedTuple):
+    """Where a layer of a file belongs: the path of one of ours, which takes the share `chunk` of its rows, or
+    whose halves are `swapped`; as in `Origin`."""
+
+    path: str
     chunk: tuple[int, int] | None = None
     swapped: bool = False
 
@@ -93,6 +102,18 @@ def shares(name: str, shape: tuple[int, ...], ours: Sequence[str]) -> dict[str, 
 def numbers(pattern: str, names: Iterable[str]) -> set[str]:
     """The different numbers that `pattern` captures at the start of the names."""
     return {match[1] for name in names if (match := re.match(pattern, name))}
+
+
+def inverted(origins: Mapping[str, Origin], paths: Container[str]) -> dict[str, list[Place]]:
+    """From `origins` of weights, the names of their layers in the file → the layers of ours, of those in
+    `paths`, that they are."""
+    found: dict[str, list[Place]] = {}
+    for name, origin in origins.items():
+        path = name.removesuffix(".weight")
+        if path in paths and origin.name is not None:
+            place = Place(path, origin.chunk, origin.swapped)
+            found.setdefault(origin.name.removesuffix(".weight"), []).append(place)
+    return found
 
 
 def _identity(shape: tuple[int, ...]) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from backend.weights.files import Shapes
-from backend.weights.keymap import Origin, Table, inside, numbers, place
+from backend.weights.keymap import Origin, Place, Table, inside, numbers, place
 
 VAE_PREFIX = "first_stage_model."
 VAE = {
@@ -28,6 +28,23 @@ VAE = {
 
 # Linear layers of the hub layout that the original VAE holds as 1×1 convolutions.
 POINTWISE = re.compile(r"\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
+
+# What the first LoRAs call a text encoder's layers: here → there.
+CLIP_LORA_EARLY = {
+    ".self_attn.q_proj": ".self_attn.to_q", ".self_attn.k_proj": ".self_attn.to_k",
+    ".self_attn.v_proj": ".self_attn.to_v", ".self_attn.out_proj": ".self_attn.to_out",
+}  # fmt: skip
+
+
+def clip_lora_names(paths: Iterable[str]) -> dict[str, list[Place]]:
+    """What LoRA files call a CLIP text model's layers: name → the layer at one of these `paths`, which begin
+    with "text_model." there and perhaps not here."""
+    found: dict[str, list[Place]] = {}
+    for path in paths:
+        bare = path.removeprefix("text_model.")
+        for name in (bare, f"text_model.{bare}"):
+            found[name] = found[inside(name, CLIP_LORA_EARLY)] = [Place(path)]
+    return found
 
 
 def vae_parts(shapes: Shapes) -> dict[str, Origin]:
