@@ -174,13 +174,26 @@ def open_tensors(paths: Iterable[Path]) -> Mapping[str, Tensor]:
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a legacy pickle, through torch's reader that runs no code."""
+    """The tensors of a legacy pickle."""
     import torch
 
+    content = unpickled(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = (
+        {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
+    )
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def unpickled(path: Path) -> Any:
+    """What lies in a legacy pickle, through torch's reader that runs no code. Raises CheckpointError."""
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty")
     try:
-        content = _load_pickle(path)
+        return _load_pickle(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is a pickle that holds more than weights, so reading it could run somebody's code: "
@@ -190,14 +203,6 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint: {str(error).splitlines()[0]}") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, dict) else {}
-    )
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors")
-    return tensors
 
 
 def _load_pickle(path: Path) -> Any:

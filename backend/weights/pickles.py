@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 import zipfile
 import zlib
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from backend.errors import CheckpointError
 
@@ -15,7 +19,19 @@ MOST = 4 * 2**20  # bytes that are looked at: the tensors themselves lie behind 
 PREAMBLE = 3  # pickles before the one that counts, in the format before torch 1.6
 TRUSTED = ("torch", "collections", "_codecs", "numpy")  # where what weights are made of comes from
 HARMLESS = ("set", "frozenset", "dict", "list", "tuple", "int", "float", "complex", "bytearray", "slice")
-UNPACKING = (zipfile.BadZipFile, zlib.error)
+UNPACKING = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError)
+DAMAGED = (
+    ValueError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,17 +47,40 @@ class Pickle:
         return sorted(call for call in self.calls if not _harmless(call))
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that was not read."""
+
+    shape: tuple[int, ...]
+
+
 def look(path: Path) -> Pickle:
     """Read a .ckpt, .pt, .pth or .bin file. Raises CheckpointError for one that is none."""
+    return _read(path, _parsed)
+
+
+def skeleton(path: Path) -> Any:
+    """What such a file holds, nested as it is there: plain values, `Stored` for tensors, and for all other
+    objects one that only has what theirs had. Raises CheckpointError as `look` does, and for a file that
+    would call what no tensor is made of."""
+    if look(path).more_than_weights:
+        raise CheckpointError(
+            f"{path} is a pickle that holds more than weights, so reading it could run somebody's code: "
+            "it was not read. Take the .safetensors version of it"
+        )
+    return _read(path, _built)
+
+
+def _read(path: Path, parse: Callable[[io.BytesIO, int], T]) -> T:
     try:
         with path.open("rb") as file:
             start = file.read(4)
             if not start:
                 raise CheckpointError(f"{path} is empty")
-            return _parsed(*_content(path, file, zipped=start == b"PK\x03\x04"))
+            return parse(*_content(path, file, zipped=start == b"PK\x03\x04"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, LookupError, EOFError, OverflowError, RuntimeError, *UNPACKING) as error:
+    except (*DAMAGED, *UNPACKING) as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint") from error
 
 
@@ -78,3 +117,34 @@ def _harmless(call: str) -> bool:
     if module in ("builtins", "__builtin__"):
         return name in HARMLESS
     return module.partition(".")[0] in TRUSTED
+
+
+class _Thing:
+    """In place of an object that is not made."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+
+class _Skeleton(pickle._Unpickler):  # the one in Python: the other makes room for whatever a file asks
+    """No class or function that a pickle names is ever looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        makes = {"_rebuild_tensor": _stored, "_rebuild_tensor_v2": _stored, "OrderedDict": OrderedDict}
+        return _first if name.startswith("_rebuild_parameter") else makes.get(name, _Thing)
+
+    def persistent_load(self, pid: Any) -> None:
+        """The numbers of a tensor, which lie elsewhere in the file."""
+
+
+def _stored(_storage: object, _offset: object, shape: Any, *_: object) -> Stored:
+    return Stored(tuple(int(n) for n in shape))
+
+
+def _first(value: object, *_: object) -> object:
+    return value
+
+
+def _built(content: io.BytesIO, before: int) -> Any:
+    for _ in range(before):
+        _Skeleton(content).load()
+    return _Skeleton(content).load()

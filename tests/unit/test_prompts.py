@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from backend.errors import InvalidRequest
-from backend.text.prompts import BREAK, chunks_of, encode_pooled_prompts, parse
+from backend.text.prompts import BREAK, Token, chunks_of, encode_pooled_prompts, parse
 from tests.checkpoints import tokenizer_files, unlike_at_start
 
 COMMA = 7
@@ -74,7 +74,7 @@ def test_beyond_any_use(prompt: str) -> None:
 
 
 def chunk_sizes(ids: list[int | None], size: int = 75) -> list[int]:
-    tokens = [None if number is None else (number, 1.0) for number in ids]
+    tokens = [None if number is None else Token(number) for number in ids]
     chunks = chunks_of(tokens, size, COMMA)
     assert [token for chunk in chunks for token in chunk] == [token for token in tokens if token]
     return [len(chunk) for chunk in chunks]
