@@ -24,6 +24,7 @@ COMPONENTS = (
 REQUIRED: tuple[str, ...] = ()  # each stage comes in two sizes, and an original file holds one network
 LITE = {"prior": "prior_lite", "decoder": "decoder_lite"}  # component → the smaller one that does its work
 LATENT_STAGES = ("stage_c", "stage_b")  # whose latents have preview colours of their own
+FLAX = False  # whether checkpoints were published in Flax's files, too
 
 PRIOR = {
     **{name: name for name in ("prior", "prior_lite", "text_encoder", "tokenizer")},

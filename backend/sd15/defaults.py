@@ -32,7 +32,7 @@ def defaults(source: Source) -> dict[str, Any]:
     values: dict[str, Any] = {
         "steps": 50,
         "guidance_scale": 7.5,
-        "sampler": SAMPLERS.get(str(scheduler.get("_class_name")), "pndm"),
+        "sampler": SAMPLERS.get(str(scheduler.get("_class_name")).removeprefix("Flax"), "pndm"),
         "width": width * scale,
         "height": height * scale,
     }

@@ -21,6 +21,7 @@ REQUIRED = COMPONENTS  # what no picture can be made without
 FOLDERS = {None: {name: name for name in (*COMPONENTS, "tokenizer", "scheduler")}}
 LITE: dict[str, str] = {}  # component → the smaller one that does its work
 LATENT_STAGES: tuple[str, ...] = ()  # whose latents have preview colours of their own
+FLAX = True  # whether checkpoints were published in Flax's files, too
 
 # The published configs, as far as a single file's tensors cannot tell.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -54,6 +55,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 # Older hub-layout files of the VAE name its attention otherwise.
 LEGACY_VAE = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+# Flax's files: here a number is a place in a list, and the end of a name says what kind of layer it is of.
+FLAX_LISTS = {
+    "down_blocks_": "down_blocks.", "up_blocks_": "up_blocks.",
+    "resnets_": "resnets.", "attentions_": "attentions.", "transformer_blocks_": "transformer_blocks.",
+    "downsamplers_": "downsamplers.", "upsamplers_": "upsamplers.",
+    ".net_": ".net.", ".to_out_": ".to_out.",
+}  # fmt: skip
+FLAX_ENDS = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+# Their axes, by ours: a linear layer's are (in, out), a convolution's (height, width, in, out).
+FLAX_AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}
 
 SAME: Table = {"": ""}  # names that no other row fits stay, and the strict load reports them
 
@@ -138,6 +150,18 @@ def hub_names(component: str, shapes: Shapes) -> dict[str, Origin]:
     """Our names of the tensors in a hub-layout component's files, whatever its age."""
     legacy = LEGACY_VAE if component == "vae" else {}
     return {inside(name, legacy): Origin(name, shape) for name, shape in shapes.items()}
+
+
+def flax_names(component: str, shapes: Shapes) -> dict[str, Origin]:
+    """Our names of the tensors in a component's file of Flax's, and the order of their axes there."""
+    table = {**FLAX_LISTS, **LEGACY_VAE} if component == "vae" else FLAX_LISTS
+    out: dict[str, Origin] = {}
+    for name, shape in shapes.items():
+        layer, _, end = inside(name, table).rpartition(".")
+        axes = FLAX_AXES.get((end, len(shape)))
+        ours = tuple(shape[axis] for axis in axes) if axes else shape
+        out[f"{layer}.{FLAX_ENDS.get(end, end)}"] = Origin(name, ours, axes=axes)
+    return out
 
 
 def parts(shapes: Shapes) -> dict[str, dict[str, Origin]]:

@@ -27,6 +27,7 @@ FOLDERS: dict[str | None, dict[str, str]] = {
 }  # fmt: skip
 LITE: dict[str, str] = {}  # component → the smaller one that does its work
 LATENT_STAGES: tuple[str, ...] = ()  # whose latents have preview colours of their own
+FLAX = False  # whether checkpoints were published in Flax's files, too
 
 CLIP: dict[str, Any] = {
     "max_position_embeddings": 77, "vocab_size": 49408, "layer_norm_eps": 1e-5,

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from backend.errors import CheckpointError
+from backend.weights import flax
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+SINGLE = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # what may hold a whole checkpoint
+WEIGHTS = (*SINGLE, flax.SUFFIX)
+HEADED = (".safetensors", flax.SUFFIX)  # names and shapes are told without reading, and without torch
 Shapes = dict[str, tuple[int, ...]]  # by tensor name
 
 DTYPES = {  # as safetensors names them
@@ -79,7 +82,7 @@ def _header(path: Path) -> Mapping[str, tuple[tuple[int, ...], str]]:
 
 @lru_cache(maxsize=64)  # every plan asks for those of all components
 def _read_header(path: Path, size: int, changed_ns: int) -> Mapping[str, tuple[tuple[int, ...], str]]:
-    if path.suffix != ".safetensors":
+    if path.suffix not in HEADED:
         return {
             name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in _pickled(path).items()
@@ -93,6 +96,8 @@ def _read_header(path: Path, size: int, changed_ns: int) -> Mapping[str, tuple[t
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if size == 0:
         raise CheckpointError(f"{path} is empty")
+    if path.suffix == flax.SUFFIX:
+        return _flax_header(path, start)
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path} is not a safetensors file{_what_else(start)}")
     try:
@@ -113,6 +118,15 @@ def _read_header(path: Path, size: int, changed_ns: int) -> Mapping[str, tuple[t
         raise CheckpointError(
             f"{path} is truncated: {end} bytes are due, and {size} are there; download it again"
         )
+    if not out:
+        raise CheckpointError(f"{path} holds no tensors")
+    return out
+
+
+def _flax_header(path: Path, start: bytes) -> Mapping[str, tuple[tuple[int, ...], str]]:
+    if not flax.begins(start):
+        raise CheckpointError(f"{path} is not a Flax file{_what_else(start)}")
+    out = {name: (array.shape, array.dtype) for name, array in flax.index(path).items()}
     if not out:
         raise CheckpointError(f"{path} holds no tensors")
     return out
@@ -170,6 +184,10 @@ def open_tensors(paths: Iterable[Path]) -> Mapping[str, Tensor]:
     paths = list(paths)
     if all(path.suffix == ".safetensors" for path in paths):
         return Tensors(paths)
+    if all(path.suffix == flax.SUFFIX for path in paths):
+        for path in paths:
+            shapes(path)  # says what is wrong in words of our own
+        return flax.Arrays(paths)
     return {name: tensor for path in paths for name, tensor in _pickled(path).items()}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backend.errors import CheckpointError
-from backend.weights import kinds
+from backend.weights import flax, kinds
 from backend.weights.base import PREFERENCE, Source, config_name, holds_tokenizer, keys_of, tokenizer_files
-from backend.weights.files import WEIGHTS, Shapes, open_tensors, read_json, shapes
+from backend.weights.files import SINGLE, WEIGHTS, Shapes, open_tensors, read_json, shapes
 from backend.weights.keymap import Origin, Renamed
 
 if TYPE_CHECKING:
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 VARIANTS = {"float32": "", "bfloat16": "bf16", "float16": "fp16"}  # how weight files of that dtype are marked
+KINDS = ("safetensors", "bin", "msgpack")  # the best first
 WEIGHT_FILE = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?"
-    r"\.(?P<kind>safetensors|bin)(?P<index>\.index(?:\.(?P<variant_behind>\w+))?\.json)?"
+    r"(?:diffusion_pytorch_model|pytorch_model|model|(?:diffusion_)?flax_model(?=\.msgpack))"
+    r"(?:\.(?P<variant>\w+))?"
+    rf"\.(?P<kind>{'|'.join(KINDS)})(?P<index>\.index(?:\.(?P<variant_behind>\w+))?\.json)?"
 )
 
 
@@ -91,9 +93,11 @@ class FolderSource(Source):
 
     def _origins(self, component: str, dtype: str) -> dict[str, Origin]:
         found: Shapes = {}
-        for path in self._weights(component, dtype):
+        paths = self._weights(component, dtype)
+        for path in paths:
             found |= shapes(path)
-        return self._keys.hub_names(component, found)
+        by_flax = paths[0].suffix == flax.SUFFIX
+        return (self._keys.flax_names if by_flax else self._keys.hub_names)(component, found)
 
     def _chosen(self, component: str, dtype: str) -> str | None:
         folder = self._folder(component)
@@ -105,6 +109,7 @@ class FolderSource(Source):
             raise CheckpointError(
                 f"{self.name} has no weights for {component}: {folder} holds no .safetensors file"
             )
+        refuse_flax(self.name, component, chosen, self._keys)
         names = shard_names(folder / chosen) if chosen.endswith(".json") else [chosen]
         for name in names:
             if not (folder / name).is_file():
@@ -156,17 +161,26 @@ def hint(files: list[str], where: str = "") -> str:
 def choose_weights(names: Iterable[str], dtype: str) -> str | None:
     """The file or shard index to read of those in a component's folder, None if there is none.
 
-    Safetensors come before pickles; then the variant that suits a run in `dtype` best, the plain one being
-    float32; then any other.
+    Safetensors come before pickles, Flax's files last; then the variant that suits a run in `dtype` best, the
+    plain one being float32; then any other.
     """
-    best: tuple[bool, int, str] | None = None
+    best: tuple[int, int, str] | None = None
     for name in names:
         if match := WEIGHT_FILE.fullmatch(name):
             variant = match["variant"] or match["variant_behind"] or ""
             order = [*(VARIANTS[kept] for kept in PREFERENCE[dtype]), variant]
-            rank = (match["kind"] == "bin", order.index(variant), name)
+            rank = (KINDS.index(match["kind"]), order.index(variant), name)
             best = min(best or rank, rank)
     return best[2] if best else None
+
+
+def refuse_flax(name: str, component: str, chosen: str, keys: Any) -> None:
+    """Raises CheckpointError where the weights chosen are Flax's, in which the family was never published."""
+    if flax.SUFFIX in chosen and not keys.FLAX:
+        raise CheckpointError(
+            f"{name} has the weights for {component} in Flax's form only ({chosen}), which can be read for "
+            "Stable Diffusion 1.5 alone; take the .safetensors version of it"
+        )
 
 
 def shard_names(index: Path) -> list[str]:
@@ -193,7 +207,7 @@ def shards_of(index: str) -> re.Pattern[str]:
 def _no_layout(name: str, root: Path, family: str) -> str:
     for index in sorted(root.glob(f"*/{INDEX}")):
         kinds.refuse_others(name, kinds.by_index(read_json(index)), family)
-    files = [path.name for path in root.glob("*") if path.name.endswith(WEIGHTS)]
+    files = [path.name for path in root.glob("*") if path.name.endswith(SINGLE)]
     return f"{name} is no checkpoint in hub layout: it has no {INDEX}{hint(files)}"
 
 

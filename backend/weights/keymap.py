@@ -20,14 +20,15 @@ class Origin:
     """Where one of our tensors lies: its name in the file, and its shape here, less axes of length 1.
 
     `chunk` is (which, of how many): it is that share of the file's tensor along the first axis. `swapped`:
-    the halves of the first axis lie in the other order there. Without a name it is in no file, and stands for
-    the identity matrix.
+    the halves of the first axis lie in the other order there. `axes`: which of the file's axes each of ours
+    is, where they lie in another order. Without a name it is in no file, and stands for the identity matrix.
     """
 
     name: str | None
     shape: tuple[int, ...]
     chunk: tuple[int, int] | None = None
     swapped: bool = False
+    axes: tuple[int, ...] | None = None
 
 
 class Place(NamedTuple):
@@ -51,6 +52,8 @@ class Renamed(Mapping[str, "Tensor"]):
         if origin.name is None:
             return _identity(origin.shape)
         tensor = self._tensors[origin.name]
+        if origin.axes is not None:
+            tensor = tensor.permute(origin.axes)
         if origin.swapped:
             tensor = tensor.roll(len(tensor) // 2, 0)
         if origin.chunk is not None:

@@ -32,6 +32,8 @@ TENSORS = {
     "model.diffusion_model.input_blocks.0.0.": "sd15",
     "input_blocks.0.0.": "a UNet alone, without the prefix of a whole checkpoint",
     "down_blocks.0.resnets.": "one component of a hub-layout checkpoint (give its folder or repository)",
+    # Flax's
+    "down_blocks_0.resnets_": "one component of a hub-layout checkpoint (give its folder or repository)",
     "first_stage_model.": "a VAE alone",
     "decoder.up.0.": "a VAE alone",
     "text_model.embeddings.": "a text encoder alone",
@@ -78,7 +80,7 @@ def by_tensors(names: Iterable[str]) -> str | None:
 
 def by_index(index: Mapping[str, Any]) -> str | None:
     """The family of a folder with this model_index.json, or what else it is; None if unknown."""
-    pipeline = str(index.get("_class_name"))
+    pipeline = str(index.get("_class_name")).removeprefix("Flax")
     rows = [row for row in PIPELINES if pipeline.startswith(row)]
     return PIPELINES[max(rows, key=len)] if rows else None
 

@@ -265,7 +265,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _damage(path: Path, size: int, changed_ns: int) -> str:
     """What is wrong with a weight file, as far as its header tells; "" for a sound one."""
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix in files.HEADED:
             files.shapes(path)
     except CheckpointError as error:
         return _short(error, path, path.name)
@@ -276,7 +276,7 @@ def _damage(path: Path, size: int, changed_ns: int) -> str:
 def _told(path: Path, size: int, changed_ns: int) -> _Told:
     kind = None
     try:
-        if path.suffix != ".safetensors":
+        if path.suffix not in files.HEADED:
             return _told_pickle(path)
         shapes = files.shapes(path)
         kind = kinds.by_tensors(shapes)

@@ -15,6 +15,7 @@ from backend.memory.blocks import blocks_of
 from backend.nn.compiled import compile_parts
 from backend.phases import Blocks, Component, NotFinite
 from backend.requests import Request
+from backend.weights import flax
 from backend.weights.load import load_module
 from backend.weights.source import Source
 
@@ -92,10 +93,11 @@ class Parts:
 
     def _copied(self, name: str, dtype: torch.dtype, layout: torch.memory_format) -> int:
         """How much of the component in RAM is no view of its mapped file: all, if that has another dtype or
-        is not here yet; else the convolutions that are laid out anew."""
+        is one of Flax's or not here yet; else the convolutions that are laid out anew."""
         precision = dtype_name(dtype)
         here = self.source.present([name], precision)
-        if not here or self.source.precision(name, precision) != precision:
+        by_flax = here and any(path.suffix == flax.SUFFIX for path in self.source.files(name, precision))
+        if not here or by_flax or self.source.precision(name, precision) != precision:
             return self.source.parameter_bytes(name, precision)
         if layout != torch.channels_last:
             return 0

@@ -10,8 +10,16 @@ from backend import catalog
 from backend.errors import CheckpointError
 from backend.events import Loading
 from backend.weights.base import DTYPE_BYTES, Amount, Source, companion_of, keys_of
-from backend.weights.files import WEIGHTS, Shapes
-from backend.weights.folder import INDEX, FolderSource, choose_weights, hint, shard_names, shards_of
+from backend.weights.files import SINGLE, Shapes
+from backend.weights.folder import (
+    INDEX,
+    FolderSource,
+    choose_weights,
+    hint,
+    refuse_flax,
+    shard_names,
+    shards_of,
+)
 from backend.weights.hub import Listed, Repository
 from backend.weights.single import FileSource
 
@@ -71,7 +79,7 @@ class HubSource(Source):
             return
         listing = self.repository.listing()
         if INDEX not in listing:
-            files = [name for name in listing if name.endswith(WEIGHTS)]
+            files = [name for name in listing if name.endswith(SINGLE)]
             raise CheckpointError(
                 f"{self.name} is no repository in hub layout{hint(files, self.repository.page)}"
             )
@@ -108,6 +116,7 @@ class HubSource(Source):
                 raise CheckpointError(
                     f"{self.name} has no weights for {component} that can be read (.safetensors)"
                 )
+            refuse_flax(self.name, component, Path(chosen[0]).name, self._keys)
             yield from self._download(component, chosen, listing)
 
     def _indexes(self, listing: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ from backend.weights.base import (
     stamp,
     tokenizer_files,
 )
-from backend.weights.files import Shapes, open_tensors, precision, read_json, shapes
+from backend.weights.files import HEADED, Shapes, open_tensors, precision, read_json, shapes
 from backend.weights.folder import read_extras
 from backend.weights.keymap import Origin, Renamed
 
@@ -70,7 +70,7 @@ class FileSource(Source):
         self._keys = keys_of(family)
         self._complement = complement
         self._standard = standard  # where the published tokenizer lies
-        if all(path.suffix == ".safetensors" for path in paths):  # a pickle would have to be opened for it
+        if all(path.suffix in HEADED for path in paths):  # a pickle would have to be opened for it
             for component in self._parts:
                 self.config(component)
 

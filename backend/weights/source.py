@@ -15,7 +15,7 @@ from backend.errors import CheckpointError, InvalidRequest
 from backend.settings import Settings
 from backend.weights import kinds
 from backend.weights.base import Source, keys_of
-from backend.weights.files import WEIGHTS
+from backend.weights.files import SINGLE, WEIGHTS
 from backend.weights.folder import FolderSource, is_layout
 from backend.weights.hub import Repository, pasted_url
 from backend.weights.joined import JoinedSource
@@ -102,12 +102,12 @@ def _find(text: str, family: str, settings: Settings, complement: Source | None)
         names = ", ".join(entry.name for entry in catalog.entries(family))
         raise CheckpointError(
             f"checkpoint is {text!r}, and there is no such file or folder; it can be {names}, "
-            f"a hub repository (OWNER/NAME), a folder, or a file ({', '.join(WEIGHTS)})"
+            f"a hub repository (OWNER/NAME), a folder, or a file ({', '.join(SINGLE)})"
         )
     if path.is_dir():
         return _in_folder(path.name, family, path, settings, complement)
     if path.suffix not in WEIGHTS:
-        raise CheckpointError(f"{path} is no checkpoint: a single file ends in {', '.join(WEIGHTS)}")
+        raise CheckpointError(f"{path} is no checkpoint: a single file ends in {', '.join(SINGLE)}")
     file_source = FileSource(path.name, family, [path], complement, _standard(family, settings))
     return _Found(path.name, [file_source], single=True)
 

@@ -35,6 +35,7 @@ from tests.checkpoints import (
     sd15_folder,
     sd15_single_file,
 )
+from tests.flax_files import FILES, flax_folder
 
 NETWORKS = keys.COMPONENTS
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -367,6 +368,35 @@ def test_a_repository_of_single_files_says_which(server: Hub, folder: Path, tmp_
         CheckpointError, match=r"but paste the URL of one of its single files: v1\.safetensors"
     ):
         fetch(source(tmp_path, "owner/files"))
+
+
+def test_flaxs_files_are_downloaded_where_there_are_no_others(
+    server: Hub, folder: Path, tmp_path: Path
+) -> None:
+    only = server.folders["owner/flax"] = flax_folder(folder, tmp_path / "flax")
+    both = server.folders["owner/both"] = Path(shutil.copytree(folder, tmp_path / "both"))
+    for component, file in FILES.items():
+        shutil.copy(only / component / file, both / component)
+    for name in ("owner/flax", "owner/both"):
+        assert fetch(source(tmp_path, name))
+        assert source(tmp_path, name).present([*NETWORKS, "tokenizer", "scheduler"], "float32")
+    asked = [path for method, path, _ in server.requests if method == "GET"]
+    assert {path.split("/")[1] for path in asked if path.endswith(".msgpack")} == {"flax"}
+    assert {path.split("/")[1] for path in asked if path.endswith(".safetensors")} == {"both"}
+
+
+def test_flaxs_files_of_other_families_are_refused_before_they_are_downloaded(
+    server: Hub, tmp_path: Path
+) -> None:
+    root = server.folders["owner/sd3"] = tmp_path / "sd3"
+    (root / "transformer").mkdir(parents=True)
+    (root / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    (root / "transformer/config.json").write_text("{}")
+    (root / "transformer/diffusion_flax_model.msgpack").write_bytes(bytes(9))
+    mine = resolve("owner/sd3", "sd3", Settings(home=tmp_path, models_dir=tmp_path / "models"))
+    with pytest.raises(CheckpointError, match="has the weights for transformer in Flax's form only"):
+        fetch(mine, "transformer")
+    assert not server.fetched(".msgpack")
 
 
 def test_a_pasted_url_of_a_single_file(server: Hub, folder: Path, tmp_path: Path) -> None:

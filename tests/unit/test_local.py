@@ -30,6 +30,7 @@ from tests.checkpoints import (
     sd15_single_file,
     spoil,
 )
+from tests.flax_files import flax_folder
 
 SD15, SD3, CASCADE = (
     f"a {title} checkpoint" for title in ("Stable Diffusion 1.5", "Stable Diffusion 3", "Stable Cascade")
@@ -311,10 +312,11 @@ def test_no_torch_is_needed(made: Path, models: Path) -> None:
     (models / "v1/unet" / WEIGHTS).rename(models / "v1/unet/diffusion_pytorch_model.bin")
     torch.save(load_file(made / "v1.safetensors"), models / "v1.ckpt")
     shutil.copy(made / "v3.safetensors", models)
+    flax_folder(made / "v1", models / "flax")
     code = (
         "import sys; from backend import Settings; from backend.weights import local; "
         f"found = local.found(Settings(models_dir={str(models)!r})).entries; "
-        "assert len(found) == 3 and all(each.family for each in found), found; "
+        "assert len(found) == 4 and all(each.family for each in found), found; "
         "assert 'torch' not in sys.modules"
     )
     root = Path(__file__).parents[2]

@@ -150,7 +150,8 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("sd15", {"prefer": "luck"}),
     ("sd15", {"clip_skip": 40}),
     ("sd15", {"raw_prompt": "no"}),
-    ("sd15", {"loras": [["a.safetensors", 1.0]]}),
+    ("sd15", {"loras": "a.safetensors"}),
+    ("sd15", {"loras": [["a.safetensors", "much"]]}),
     ("sd15", {"prompt": None}),
     ("sd15", {"prompt": "\ud800"}),
     ("sd15", {"checkpoint": ""}),
@@ -250,7 +251,7 @@ HEARD = [  # where what visitors meet is raised
     *("studio.py", "grid/axes.py", "grid/cells.py", "grid/kept.py", "text/prompts.py", "weights/hub.py"),
     *("weights/source.py", "weights/local.py", "weights/files.py", "weights/folder.py", "weights/remote.py"),
     *("weights/single.py", "weights/joined.py", "weights/load.py", "weights/kinds.py", "sd3/pipeline.py"),
-    *("cascade/pipeline.py", "sd15/pipeline.py"),
+    *("cascade/pipeline.py", "sd15/pipeline.py", "weights/flax.py"),
 ]
 FILLED = {  # what stands for some of what is filled in; for all else a word that nobody knows
     **dict.fromkeys(("name", "known.name", "stage"), "steps"),
@@ -328,6 +329,18 @@ SAID = [
         "picture to edit); only text-to-image models with 4 channels can be run as yet"
     ),
     "x: unet does not fit its config: of 686 tensors, 1 missing (conv_in.weight); 2 unexpected (a, b)",
+    *(
+        f"x.msgpack is not a valid Flax file: {problem}"
+        for problem in (
+            "at byte 7 begins what is no part of weights",
+            "the numbers of a.kernel do not fit its shape",
+            "a.kernel is of complex64, which cannot be read",
+            "it holds a.kernel twice",
+            "its last array ends at byte 7 of 9",
+            "it holds more than 20000 values",
+            "its maps are nested deeper than 32",
+        )
+    ),
     *sorted(kinds.title(kind) for kind in {*kinds.TENSORS.values(), *kinds.PIPELINES.values()}),
 ]
 

@@ -277,7 +277,9 @@ INDEX = "model.safetensors.index.json"
         (["pytorch_model.fp16.bin", "pytorch_model.bin"], "float16", "pytorch_model.fp16.bin"),
         (["model-00001-of-00002.safetensors", INDEX], "float32", INDEX),
         ([INDEX, "model.safetensors.index.fp16.json"], "float16", "model.safetensors.index.fp16.json"),
-        (["model.fp16-00001-of-00002.safetensors", "config.json", "flax_model.msgpack"], "float16", None),
+        (["flax_model.msgpack", "pytorch_model.fp16.bin"], "float32", "pytorch_model.fp16.bin"),
+        (["config.json", "flax_model.msgpack"], "float16", "flax_model.msgpack"),
+        (["model.fp16-00001-of-00002.safetensors", "config.json", "model.onnx"], "float16", None),
     ],
 )  # fmt: skip
 def test_the_weights_that_match_the_run_are_chosen(names: list[str], dtype: str, chosen: str | None) -> None:
