@@ -36,14 +36,19 @@ class Postcards:
         return torch.tensor([scene.labels() for scene in self.scenes])
 
 
-def postcards(count: int, *, seed: int, held_out: bool = False) -> Postcards:
-    """`count` renders from `seed`, from the cache where it has them.
+def postcards(count: int, *, seed: int, held_out: bool = False, subject: str | None = None) -> Postcards:
+    """`count` renders from `seed`, of the eight subjects or one, from the cache where it has them.
 
     The cache knows nothing of changed drawing code: delete `training/.cache/` after such a change.
     """
     rng = random.Random(seed)
-    scenes = [random_scene(rng, held_out=held_out) for _ in range(count)]
-    stem = CACHE / f"postcards-{count}-{seed}{'-held-out' if held_out else ''}"
+    scenes = [random_scene(rng, held_out=held_out, subject=subject) for _ in range(count)]
+    parts = [
+        f"postcards-{count}-{seed}",
+        *(["held-out"] if held_out else []),
+        *([subject] if subject else []),
+    ]
+    stem = CACHE / "-".join(parts)
     pixel_file, box_file = stem.with_suffix(".pixels.npy"), stem.with_suffix(".boxes.npy")
     if not box_file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

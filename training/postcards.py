@@ -5,16 +5,22 @@ scene says what, the generator says exactly where), `caption` puts it into words
 orders and with attributes left out. About 8% of the (subject, colour, land, time) combinations are held out
 of training; prompts about them measure whether a model combines what it learned or recites it.
 
+A ninth subject, the robot, is apart: the demos never saw it, so that an adapter can teach it. `python -m
+training.postcards FOLDER` writes pictures of it, each with its caption beside it, as `training.train_lora`
+takes them.
+
 Coordinates are pixels of the 128 × 128 picture, y down. Drawing is at four times the size, then averaged.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,6 +39,7 @@ Box = tuple[float, float, float, float]
 TIMES = ("dawn", "noon", "sunset", "night")
 LANDS = ("snowy mountains", "green hills", "sand dunes", "calm sea")
 SUBJECTS = ("house", "pine tree", "sailboat", "lighthouse", "hot-air balloon", "tent", "windmill", "castle")
+NINTH = "robot"  # drawn only where it is asked for, and no word of the vocabulary: the tokenizers spell it
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 PLACES = ("left", "centre", "right")
 SKIES = ("sun", "moon", "empty sky")
@@ -44,6 +51,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "place": PLACES,
     "sky": SKIES,
 }
+JUDGED = ATTRIBUTES | {"subject": (*SUBJECTS, NINTH)}
 
 # What can hang in the sky at each time: the moon lingers at dawn, the sun never shines at night.
 SKIES_AT = {
@@ -67,8 +75,8 @@ class Scene:
     clouds: bool = False
 
     def labels(self) -> list[int]:
-        """The index of each attribute's value, in the order of `ATTRIBUTES`."""
-        return [values.index(getattr(self, name)) for name, values in ATTRIBUTES.items()]
+        """The index of each attribute's value, in the order of `ATTRIBUTES`; the ninth subject has 8."""
+        return [values.index(getattr(self, name)) for name, values in JUDGED.items()]
 
     def held_out(self) -> bool:
         """Whether training never sees this combination of subject, colour, land and time."""
@@ -76,14 +84,14 @@ class Scene:
         return zlib.crc32(combination.encode()) % 100 < HELD_OUT_PERCENT
 
 
-def random_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
-    """A scene of the training combinations, or of the held-out ones."""
+def random_scene(rng: random.Random, *, held_out: bool = False, subject: str | None = None) -> Scene:
+    """A scene of the training combinations, or of the held-out ones, of any of the eight or one `subject`."""
     while True:
         time = rng.choice(TIMES)
         scene = Scene(
             time=time,
             land=rng.choice(LANDS),
-            subject=rng.choice(SUBJECTS),
+            subject=subject or rng.choice(SUBJECTS),
             colour=rng.choice(COLOURS),
             place=rng.choice(PLACES),
             sky=rng.choice(SKIES_AT[time]),
@@ -130,6 +138,7 @@ SAYINGS: dict[str, tuple[str, ...]] = {
     "clear": ("clear sky", "no clouds", "cloudless"),
     "stars": ("stars", "starry sky"),
 }
+NINTH_SAYINGS = {NINTH: ("robot",)}
 LAND_PREPOSITIONS = {
     "snowy mountains": ("in", "by", "below", "in front of"),
     "green hills": ("on", "in", "among", "in front of"),
@@ -152,7 +161,7 @@ def caption(scene: Scene, rng: random.Random, *, left_out: float = WORDS_LEFT_OU
         return rng.random() >= left_out
 
     def say(word: str) -> str:
-        first, *others = SAYINGS[word]
+        first, *others = SAYINGS.get(word) or NINTH_SAYINGS[word]
         return first if not others or rng.random() < 0.5 else rng.choice(others)
 
     noun = " ".join([say(scene.colour)] * said() + ([say(scene.subject)] if said() else ["scene"]))
@@ -436,6 +445,26 @@ def draw_windmill(brush: Brush, coat: Coat) -> None:
     brush.ellipse(0, -36, 2.6, 2.6, coat.slate)
 
 
+def draw_robot(brush: Brush, coat: Coat) -> None:
+    brush.line([(0, -46), (0, -55)], coat.slate, 1.8)
+    brush.ellipse(0, -55.5, 2.8, 2.8, LAMP)
+    for x in (-7.5, 7.5):
+        brush.rectangle(x - 3.5, -10, x + 3.5, -2, coat.slate)
+        brush.rectangle(x - 5, -3, x + 5, 0, coat.slate)
+    for side, colour in ((-1, coat.paint), (1, coat.shade)):
+        brush.rectangle(side * 14, -31, side * 20.5, -15, colour)
+        brush.ellipse(side * 17.25, -12.5, 4, 4, coat.slate)
+    brush.rectangle(-13, -32, 13, -9, coat.paint)
+    brush.rectangle(6, -32, 13, -9, coat.shade)
+    brush.rectangle(-8, -27, 8, -16, coat.band)
+    brush.rectangle(-3, -35, 3, -31, coat.slate)
+    brush.rectangle(-12, -48, 12, -34, coat.paint)
+    for x in (-5.5, 5.5):
+        brush.ellipse(x, -42, 3.6, 3.6, coat.slate)
+        brush.ellipse(x, -42, 1.8, 1.8, LAMP)
+    brush.rectangle(-6, -37.5, 6, -36, coat.slate)
+
+
 def draw_castle(brush: Brush, coat: Coat) -> None:
     brush.rectangle(-16, -26, 16, 0, coat.paint)
     for x in (-11, -3, 5):
@@ -467,6 +496,7 @@ SPRITES = {
     "tent": Sprite(draw=draw_tent, half_width=26, height=46),
     "windmill": Sprite(draw=draw_windmill, half_width=24, height=60),
     "castle": Sprite(draw=draw_castle, half_width=27, height=53),
+    NINTH: Sprite(draw=draw_robot, half_width=22, height=59),
 }
 PLACE_X = {"left": 31, "centre": 64, "right": 97}
 
@@ -691,3 +721,24 @@ def render(scene: Scene, rng: random.Random) -> tuple[Image.Image, Box]:
     draw_footing(brush, scene, x, y, sprite.half_width * scale)
     sprite.draw(Brush(draw, (x, y), scale), coat(scene.colour, scene.time))
     return picture.reduce(OVERSAMPLE), box
+
+
+def write_folder(folder: Path, *, count: int = 40, seed: int = 9, subject: str = NINTH) -> None:
+    """`count` pictures of the subject, `00.png` and so on, none of a held-out combination, with their
+    captions in `00.txt` and so on."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        scene = random_scene(rng, subject=subject)
+        picture, _ = render(scene, rng)
+        picture.save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(caption(scene, rng) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Writes pictures of the ninth subject, with captions.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=40, help="how many (default: 40)")
+    parser.add_argument("--seed", type=int, default=9, help="of what they show (default: 9)")
+    arguments = parser.parse_args()
+    write_folder(arguments.folder, count=arguments.count, seed=arguments.seed)

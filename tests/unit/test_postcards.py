@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from training import judge
@@ -15,6 +16,7 @@ from training.postcards import (
     ATTRIBUTES,
     COLOURS,
     LANDS,
+    NINTH,
     SIZE,
     SKIES_AT,
     SPRITES,
@@ -26,6 +28,7 @@ from training.postcards import (
     render,
     sky_body_position,
     vocabulary,
+    write_folder,
 )
 from training.text import write_tokenizer
 
@@ -54,7 +57,7 @@ def test_same_seed_same_picture() -> None:
     assert first.mode == "RGB"
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", [*SUBJECTS, NINTH])
 def test_the_box_holds_the_subject(subject: str) -> None:
     """A red and a blue subject differ inside the box and nowhere else."""
     red, blue = (
@@ -169,3 +172,28 @@ def test_the_demo_knows_the_words_of_its_examples(demo: str) -> None:
     settings = json.loads((judge.DEMO / demo / "triptych.json").read_text(encoding="utf-8"))
     for prompt in (*settings["examples"], *judge.SAMPLES):
         assert set(prompt.replace(",", " ").replace("-", " ").split()) <= known, prompt
+
+
+def test_the_ninth_subject_is_apart() -> None:
+    """The demos never saw it: it is drawn where it is asked for, and the tokenizers have no token for it."""
+    rng = random.Random(13)
+    assert len(SUBJECTS) == 8
+    assert all(random_scene(rng).subject != NINTH for _ in range(500))
+    assert not set(NINTH.split()) & set(vocabulary())
+    scenes = [random_scene(rng, subject=NINTH) for _ in range(200)]
+    assert {scene.subject for scene in scenes} == {NINTH}
+    assert {scene.colour for scene in scenes} == set(COLOURS)
+    assert all(NINTH in caption(scene, rng, left_out=0) for scene in scenes)
+
+
+def test_a_folder_of_the_ninth_subject_shows_what_its_captions_say(tmp_path: Path) -> None:
+    write_folder(tmp_path, count=5)
+    write_folder(tmp_path / "again", count=5)
+    pictures, texts = (sorted(tmp_path.glob(f"*.{kind}")) for kind in ("png", "txt"))
+    assert [file.stem for file in pictures] == [file.stem for file in texts] == ["00", "01", "02", "03", "04"]
+    rng = random.Random(9)
+    for picture, text in zip(pictures, texts, strict=True):
+        scene = random_scene(rng, subject=NINTH)
+        assert Image.open(picture).tobytes() == render(scene, rng)[0].tobytes()
+        assert text.read_text(encoding="utf-8").strip() == caption(scene, rng)
+        assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
