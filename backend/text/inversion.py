@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backend.errors import CheckpointError, InvalidRequest
 from backend.weights import files, pickles
@@ -133,7 +133,7 @@ def _parts(path: Path, content: Any, tensor: type[Any]) -> tuple[str, dict[str, 
         return "", clips
     if len(tensors) > 1:
         words = ", ".join(list(tensors)[:3])
-        raise CheckpointError(f"{path} holds {len(tensors)} words ({words:.80}); an embedding is of one")
+        raise CheckpointError(f"{path} holds {len(tensors)} words ({words:.80}); an embedding has one")
     ((word, vectors),) = tensors.items()
     width = vectors.shape[-1] if vectors.shape else 0
     return "" if word in (PLAIN, "*") else word, {KINDS.get(width, str(width)): vectors}
@@ -148,6 +148,14 @@ def _size(path: Path, shape: Sequence[int]) -> tuple[int, int]:
     return count, width
 
 
+class UsedEmbedding(NamedTuple):
+    """One that a request's prompts have: as what, from where, and what its header says."""
+
+    name: str
+    path: Path
+    look: Look
+
+
 # ---- for an encoder
 
 
@@ -159,14 +167,13 @@ def check_fits(name: str, sizes: Mapping[str, tuple[int, int]], widths: Mapping[
     """
     if all(any(_takes(kind, size, each) for each in widths.items()) for kind, size in sizes.items()):
         return
-    title = TITLES.get(tuple(sorted(sizes)), "another text encoder")
     theirs, ours = (
         " + ".join(str(width) for _, width in sizes.values()),
         " + ".join(map(str, widths.values())),
     )
     raise InvalidRequest(
-        f"the embedding {name!r} is for {title}: its vectors have {theirs} numbers, and those of this "
-        f"checkpoint {ours}"
+        f"the embedding {name!r} is for {_title(sizes)}: its vectors have {theirs} numbers, and those of "
+        f"this checkpoint {ours}"
     )
 
 
@@ -189,6 +196,10 @@ def fitting(embeddings: Mapping[str, Embedding], widths: Mapping[str, int]) -> d
                 if _takes(kind, embedding.sizes[kind], (encoder, width)):
                     out[encoder][name] = vectors
     return out
+
+
+def _title(sizes: Mapping[str, tuple[int, int]]) -> str:
+    return TITLES.get(tuple(sorted(sizes)), "another text encoder")
 
 
 def _takes(kind: str, size: tuple[int, int], encoder: tuple[str, int]) -> bool:
@@ -228,12 +239,14 @@ class Name(str):
     __slots__ = ()
 
 
-def names_in(prompt: str, known: Sequence[str]) -> list[str]:
+def names_in(prompt: str, known: Sequence[str], elsewhere: Mapping[str, Look] | None = None) -> list[str]:
     """Those of the known names that a prompt has, as they are known, in its order, each once.
 
-    Raises InvalidRequest for `embedding:name` where none is called so; it lists near ones.
+    Raises InvalidRequest for `embedding:name` where none is called so; it lists near ones. `elsewhere` are
+    those for other families: by themselves they are text, and `embedding:name` says what they are for.
     """
-    return list(dict.fromkeys(str(piece) for piece in pieces(prompt, known) if isinstance(piece, Name)))
+    found = pieces(prompt, known, elsewhere)
+    return list(dict.fromkeys(str(piece) for piece in found if isinstance(piece, Name)))
 
 
 def without_names(prompt: str, known: Sequence[str]) -> str:
@@ -241,20 +254,30 @@ def without_names(prompt: str, known: Sequence[str]) -> str:
     return "".join(piece for piece in pieces(prompt, known) if not isinstance(piece, Name))
 
 
-def pieces(prompt: str, known: Sequence[str]) -> list[str]:
+def pieces(
+    prompt: str, known: Sequence[str], elsewhere: Mapping[str, Look] | None = None
+) -> list[str | Name]:
     """A prompt cut at the names in it, which are `Name`s. Raises what `names_in` does.
 
     Of several that begin at one place the longest counts. A bracket in a name may have its backslash or not.
     """
     out, at = [], 0
     flat = _flat(prompt)  # of a thousand names it has few: these alone are looked for with care
-    there = tuple(name for name in known if name.strip() and _flat(name) in flat)
-    for match in _pattern(there).finditer(prompt):
+    here, away = (
+        tuple(name for name in names or () if name.strip() and _flat(name) in flat)
+        for names in (known, elsewhere)
+    )
+    for match in _pattern(here, away).finditer(prompt):
         group = match.lastgroup
         if group == "unknown":
             raise _unknown(match["unknown"], known)
+        if elsewhere and group and group.startswith("away"):
+            name = away[int(group[4:])]
+            raise InvalidRequest(
+                f"the embedding {name!r} is for {_title(elsewhere[name].sizes)}, and not for this family"
+            )
         if group is not None:  # else it is a weight, in which a name of digits would be found
-            out += [prompt[at : match.start()], Name(there[int(group[1:])])]
+            out += [prompt[at : match.start()], Name(here[int(group[4:])])]
             at = match.end()
     return [piece for piece in [*out, prompt[at:]] if piece]
 
@@ -264,12 +287,14 @@ def _flat(text: str) -> str:
 
 
 @lru_cache(maxsize=16)
-def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+def _pattern(here: tuple[str, ...], away: tuple[str, ...]) -> re.Pattern[str]:
     """What stands for the names in a prompt; its group's name ends in the number of the name."""
-    numbers = sorted(range(len(names)), key=lambda number: -len(names[number]))
-    called = [f"(?P<e{number}>{_written(names[number])})" for number in numbers]
-    bare = [f"(?P<n{number}>{_alone(names[number])})" for number in numbers]
+    named = [(name, f"here{number}") for number, name in enumerate(here)]
+    named += [(name, f"away{number}") for number, name in enumerate(away)]
+    named.sort(key=lambda each: -len(each[0]))  # of two alike, that which is here
+    called = [f"(?P<{group}>{_written(name)})" for name, group in named]
     explicit = rf"(?<!\w)embedding:(?:{'|'.join([*called, UNKNOWN])}){SUFFIX}{END}"
+    bare = [f"(?P<bare{group[4:]}>{_alone(name)})" for name, group in named if group.startswith("here")]
     return re.compile("|".join([WEIGHT, explicit, *bare]), re.IGNORECASE)
 
 

@@ -19,6 +19,7 @@ from backend.errors import InvalidRequest, OutOfMemory, TriptychError
 from backend.grid import Axis, Grid
 from backend.memory.plan import Plan, Wishes, make_plan
 from backend.requests import REQUESTS
+from backend.text import inversion
 from backend.weights import hub, kinds
 from tests.unit.test_plan import FAMILIES, asked, part, phase, pipeline
 from ui import forms, handlers, i18n, jobs
@@ -252,6 +253,7 @@ HEARD = [  # where what visitors meet is raised
     *("weights/source.py", "weights/local.py", "weights/files.py", "weights/folder.py", "weights/remote.py"),
     *("weights/single.py", "weights/joined.py", "weights/load.py", "weights/kinds.py", "sd3/pipeline.py"),
     *("cascade/pipeline.py", "sd15/pipeline.py", "weights/flax.py"),
+    "text/inversion.py",
 ]
 FILLED = {  # what stands for some of what is filled in; for all else a word that nobody knows
     **dict.fromkeys(("name", "known.name", "stage"), "steps"),
@@ -340,6 +342,11 @@ SAID = [
             "it holds more than 20000 values",
             "its maps are nested deeper than 32",
         )
+    ),
+    "a.pt is no embedding of textual inversion: its numbers have the shape (3, 8, 8)",
+    *(
+        f"the embedding 'easy' is for {title}: its vectors have 8 + 9 numbers, and those of this checkpoint 7"
+        for title in (*inversion.TITLES.values(), "another text encoder")
     ),
     *sorted(kinds.title(kind) for kind in {*kinds.TENSORS.values(), *kinds.PIPELINES.values()}),
 ]
