@@ -254,6 +254,8 @@ sizes = []
 for seed in range(4):  # what torch and the tokenizers keep for good
     switch(seed)
 studio.unload()
+gc.collect()
+gc.freeze()  # of what is there by now, nothing goes: there is no need to look at it with each switch
 sizes.append(anonymous_bytes())
 for seed in range(20):
     switch(seed)
