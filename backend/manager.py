@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 from backend.memory.blocks import slots
 from backend.memory.hardware import anonymous_bytes, ram_bytes
 from backend.memory.plan import RAM_RESERVE_BYTES, PlannedComponent
-from backend.phases import Component
+from backend.phases import Adapted, Component
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from backend.nn.lowrank import Merged
 
 RAM = "RAM"
 
@@ -52,6 +55,18 @@ class _Entry:
     pinned: bool = False
     anonymous_bytes: int = 0  # of the process's memory, as measured; a mapped file's pages do not count
     lent: int = 0
+    merged: Merged | None = None  # terms in its weights, and which those are
+    merged_key: Hashable = None
+
+    @property
+    def merged_bytes(self) -> int:
+        """What its weights as they were before take of RAM."""
+        return self.merged.bytes if self.merged is not None else 0
+
+    def unmerge(self) -> None:
+        if self.merged is not None:
+            self.merged.undo()
+        self.merged = self.merged_key = None
 
     def bytes_on(self, device: str) -> int:
         """What it takes of a device's memory."""
@@ -63,7 +78,9 @@ class _Entry:
             return 0
         if self.planned.placement == "streamed" and self.planned.home:
             return self.planned.held_bytes
-        return self.component.copied_bytes if self.where == "cpu" else self.component.bytes
+        if self.where == "cpu":
+            return self.component.copied_bytes + self.merged_bytes
+        return self.component.bytes
 
     @property
     def ram_bytes(self) -> int:
@@ -71,7 +88,7 @@ class _Entry:
         if self.planned.placement == "cpu":
             return self.component.copied_bytes
         if self.homes is None or self.opened:
-            return 0
+            return self.merged_bytes
         return self.component.bytes if self.pinned else self.component.copied_bytes
 
 
@@ -103,7 +120,7 @@ class Manager:
     @property
     def anonymous_bytes(self) -> int:
         """What loading them added to the process's anonymous memory."""
-        return sum(entry.anonymous_bytes for entry in list(self._loaded.values()))
+        return sum(entry.anonymous_bytes + entry.merged_bytes for entry in list(self._loaded.values()))
 
     def parts(self) -> list[LoadedPart]:
         """What is in memory, the most recently used first."""
@@ -120,13 +137,13 @@ class Manager:
 
     @contextmanager
     def use(self, component: Component, planned: PlannedComponent) -> Generator[Any, None, None]:
-        """Lend the component where it is planned, loading it first if need be.
+        """Lend the component where it is planned, with the terms that go with it, loading it if need be.
 
         Raises CheckpointError as its `load` does, and what a device raises that has no memory left.
         """
         entry = self._lend(component, planned)
         try:
-            with self._placed(entry):
+            with self._placed(entry, component.added_bytes), self._adapted(entry, component.adapted):
                 yield entry.value
         finally:
             entry.lent -= 1
@@ -183,17 +200,48 @@ class Manager:
         return entry
 
     @contextmanager
-    def _placed(self, entry: _Entry) -> Generator[None, None, None]:
-        """While it is lent, where its plan says."""
+    def _adapted(self, entry: _Entry, adapted: Adapted | None) -> Generator[None, None, None]:
+        """While it is lent, with these terms and no others."""
+        from backend.memory import placement
+
+        module = placement.module_of(entry.value)
+        if module is None or entry.lent > 1:
+            yield
+            return
+        if adapted is None or not entry.planned.merged:
+            entry.unmerge()
+        if adapted is None:
+            yield
+            return
+        from backend.nn import lowrank
+
+        if not entry.planned.merged:
+            device, dtype = self._device(entry.planned), getattr(_torch(), entry.component.dtype)
+            with lowrank.attached(module, adapted.terms(), device, dtype):
+                yield
+            return
+        if entry.merged is None:
+            entry.merged = lowrank.Merged(module, entry.homes or {})
+        if entry.merged_key != adapted.key:
+            entry.merged_key = None  # half of them, if this fails
+            entry.merged.set(adapted.terms())
+            entry.merged_key = adapted.key
+        yield
+
+    def _device(self, planned: PlannedComponent) -> torch.device:
+        where = "cpu" if planned.placement == "cpu" else planned.device
+        return _torch().device(self._stands_in or where)
+
+    @contextmanager
+    def _placed(self, entry: _Entry, added_bytes: int) -> Generator[None, None, None]:
+        """While it is lent, where its plan says; so many bytes go with it."""
         from backend.memory import placement
 
         planned, module = entry.planned, placement.module_of(entry.value)
         if module is None or entry.lent > 1 or planned.placement == "cpu":
             yield
             return
-        import torch
-
-        device = torch.device(self._stands_in or planned.device)
+        device = self._device(planned)
         streamed = planned.placement == "streamed" and planned.home != ""
         if entry.where != RAM and (streamed or entry.where != planned.device):
             self._park(entry)
@@ -202,7 +250,8 @@ class Manager:
         if streamed:
             assert entry.homes is not None, "what is streamed has a home"
             count = slots(planned.device)
-            with placement.Streamer(module, entry.homes, device, planned.held_bytes, count):
+            held = planned.held_bytes - added_bytes
+            with placement.Streamer(module, entry.homes, device, held, count):
                 entry.where = planned.device
                 try:
                     yield
@@ -237,9 +286,11 @@ class Manager:
         if module is None:
             return
         if entry.homes is None:
+            entry.unmerge()
             entry.homes = {name: tensor.cpu() for name, tensor in placement.tensors_of(module).items()}
         placement.put(module, entry.homes)
         entry.where = RAM
+        entry.merged = entry.merged_key = None
 
     def _pinned(self, homes: Mapping[str, Tensor], size: int) -> tuple[Mapping[str, Tensor], bool]:
         """Where a card can read by itself, if RAM has room for copies of what is mapped, too."""
@@ -315,6 +366,12 @@ def _homes(value: Any) -> Mapping[str, Tensor]:
 
     module = module_of(value)
     return homes_of(module) if module is not None else {}
+
+
+def _torch() -> Any:
+    import torch  # when something is lent: the page imports this module
+
+    return torch
 
 
 def _key(identity: Hashable) -> str:

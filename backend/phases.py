@@ -27,6 +27,24 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """Low-rank terms that go with a component: `key` says which and with what weights, `paths` are those of
+    the layers that they are for, by which `terms` reads them, and `bytes` are theirs as they run.
+
+    `merging_bytes` are those of the weights that they can be merged into, 0 where they cannot; for so few
+    `forwards` of the network it may not be worth it. `names` are what they are called.
+    """
+
+    key: Hashable
+    names: tuple[str, ...]
+    paths: frozenset[str]
+    terms: Callable[[], Mapping[str, Any]]
+    bytes: int
+    merging_bytes: int = 0
+    forwards: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """A part of a checkpoint: `identity` says which file and precision; equals load once.
 
@@ -36,7 +54,8 @@ class Component:
     files have them, and those, so that it can be streamed from there. `blocks` tells how it is streamed.
 
     A `passing` one is used once a prompt and leaves a CPU's memory with its phase; one that `stands_aside`
-    may run on the CPU of a machine whose card cannot hold it.
+    may run on the CPU of a machine whose card cannot hold it. What is `adapted` is the same component with
+    something added while it is lent.
     """
 
     name: str
@@ -52,6 +71,16 @@ class Component:
     open: Callable[[], Any] | None = None
     passing: bool = False
     stands_aside: bool = False
+    adapted: Adapted | None = None
+
+    @property
+    def state(self) -> Hashable:
+        """What results depend on: the component, and what is added to it."""
+        return self.identity if self.adapted is None else (self.identity, self.adapted.key)
+
+    @property
+    def added_bytes(self) -> int:
+        return self.adapted.bytes if self.adapted else 0
 
     @property
     def copied_bytes(self) -> int:

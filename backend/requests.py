@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 from backend.errors import InvalidRequest
 from backend.image_prompts import ImagePrompt
 from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO
+from backend.text import tags
 
 MAX_SEED = 2**32 - 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_LORAS = 32
 PREFERENCES = ("auto", "quality", "speed")
 
 
@@ -24,6 +26,8 @@ class Request:
     `seed` -1 draws one at random; image i of the batch uses seed + i, wrapping at 2³².
     `raw_prompt` switches prompt weighting and chunking off. `clip_skip` leaves out that many of the text
     encoder's last layers. `config_from` is a folder or repository that completes a single-file checkpoint.
+    `loras` are pairs of a LoRA's name or file and its weight, -10 to 10, or triples of a name and the weights
+    for the network and for the text encoders; a prompt may name further ones (`backend/text/tags.py`).
     """
 
     family: ClassVar[str]
@@ -38,7 +42,7 @@ class Request:
     height: int | None = None
     dtype: str = "auto"
     prefer: str = "auto"
-    loras: tuple[tuple[str, float], ...] = ()
+    loras: tuple[tuple[str, float] | tuple[str, float, float], ...] = ()
     raw_prompt: bool = False
     clip_skip: int = 0
     config_from: str | None = None
@@ -62,8 +66,21 @@ class Request:
         choice(self, "prefer", PREFERENCES)
         if not isinstance(self.raw_prompt, bool):
             raise InvalidRequest(f"raw_prompt is {self.raw_prompt!r}; it can be True or False")
-        if self.loras:
-            raise InvalidRequest(f"loras is {self.loras!r}; this version takes none yet: leave it empty")
+        given: Any = self.loras
+        if not isinstance(given, list | tuple) or len(given) > MOST_LORAS:
+            raise InvalidRequest(
+                f"loras is {_shown(given)}; it can be a list of 0 to {MOST_LORAS} pairs of a name or file "
+                "and a weight"
+            )
+        read = (tags.read(each) for each in given)
+        loras = tuple(each[:2] if each.network == each.text else tuple(each) for each in read)
+        object.__setattr__(self, "loras", loras)
+        if not self.raw_prompt:
+            tags.extract(self.prompt)
+            if tags.extract(self.negative_prompt)[1]:
+                raise InvalidRequest(
+                    "negative_prompt names a LoRA; LoRAs work on the whole picture: name them in the prompt"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

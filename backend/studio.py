@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from backend import catalog, infotext, public
+from backend import adapting, catalog, infotext, public
 from backend.errors import Cancelled, InvalidRequest, OutOfMemory, StorageError
 from backend.events import Event, Finished, Loading, Notice, Planned, Result, Step, Waiting
 from backend.gallery import Gallery
@@ -441,14 +441,18 @@ class Studio:
         if isinstance(request, SD3Request) and request.t5 == "auto":
             request = replace(request, t5=settings.t5)
         source = self._source(request.checkpoint, request.family, request.config_from)
+        read, found = adapting.plain(request, settings)
         wider = {
             name: getattr(torch, dtype)
             for (family, checkpoint, name), dtype in self._wider.items()
             if (family, checkpoint) == (request.family, source.name)
         }
-        parts = Parts(source=source, device=torch.device(here.device), compiled=compiled, wider=wider)
+        parts = Parts(
+            source=source, device=torch.device(here.device), compiled=compiled, wider=wider,
+            loras=found.loras, embeddings=found.embeddings,
+        )  # fmt: skip
         dtype = self._dtype(request, here, settings)
-        offered = _room(request.family, "pipeline").ways(request, parts, seeds=seeds, dtype=dtype)
+        offered = _room(request.family, "pipeline").ways(read, parts, seeds=seeds, dtype=dtype)
         ways = [replace(way, make=cache(way.make)) for way in offered]
         wishes = Wishes(
             prefer=request.prefer,
@@ -462,7 +466,9 @@ class Studio:
         plan = planned(lessons=self._lessons)
         if not plan.fits and self._lessons:
             plan = planned()  # a lesson tells how to go about it; what it measured is no reason to refuse
-        return plan, ways[plan.way].make()
+        pipeline = ways[plan.way].make()
+        asked = {"prompt": request.prompt, "loras": request.loras}  # as it was, its tags included
+        return plan, replace(pipeline, settings=pipeline.settings | asked)
 
     def _announced(self, plan: Plan, request: Request, here: Hardware) -> Iterator[Event]:
         yield Planned(plan=plan)

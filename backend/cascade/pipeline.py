@@ -33,17 +33,17 @@ from backend.sampling.forwards import predictions
 from backend.sampling.noise import Noise
 from backend.sampling.wuerstchen import CosineSchedule, sample_wuerstchen
 from backend.text.encoders import (
+    CLIP_WIDTH,
     load_clip_vision,
     load_image_processor,
     load_projected_clip_text,
     load_tokenizer,
 )
-from backend.text.prompts import encode_pooled_prompts
+from backend.text.prompts import NO_EMBEDDINGS, encode_pooled_prompts
 from backend.weights.parts import Parts, completed, device_of, dtype_name, finite, layout_of
 from backend.weights.source import Source
 
 AUTO_DTYPES = ("bfloat16",)  # what "auto" means off the CPU: Stage C must not run in float16
-CLIP_WIDTH = 512  # what a CLIP config that does not tell means, in transformers
 C_COMPRESSION = 42.67  # pixels to a latent pixel of Stage C, along a side; 1024 → 24
 TILES = (128, 64)  # Stage A's, along a side of its latents; with a quarter of it overlapping
 TITLES = {"stage_c": "Stage C", "stage_b": "Stage B"}
@@ -171,7 +171,7 @@ def pipeline(
 ) -> Pipeline:
     """The phases of a request with these variants of the stages, ready to plan and to run; reads configs,
     loads nothing. Raises CheckpointError for a checkpoint whose stages do not belong together."""
-    source, device = parts.source, parts.device.type
+    source = parts.source
     job = complete(request, source, seeds, stages)
     prior_dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     dtypes = {
@@ -180,11 +180,15 @@ def pipeline(
         "stage_a": parts.dtype("vqgan", dtype),
     }
 
+    steps = {"stage_c": job.prior_steps, "stage_b": job.decoder_steps}
+
     def stage(name: str) -> Component:
         network = job.network(name)
-        return parts.network(
-            network, dtypes[name], lambda: UNet(UNetConfig.from_dict(source.config(network)))
-        )
+
+        def build() -> UNet:
+            return UNet(UNetConfig.from_dict(source.config(network)))
+
+        return parts.network(network, dtypes[name], build, forwards=steps[name])
 
     def text(device: torch.device) -> Any:
         return load_tokenizer(source), load_projected_clip_text(source, "text_encoder", dtype, device)
@@ -214,7 +218,7 @@ def pipeline(
     notices = (NOT_IN_FLOAT16,) if prior_dtype != dtype else ()
     return Pipeline(
         components=components,
-        phases=_phases(job, source, stage_a_config, components, dtypes, dtype, device),
+        phases=_phases(job, parts, stage_a_config, components, dtypes, dtype),
         settings=job.settings(),
         decisions=(*unfulfilled(request, job, source), *notices),
         notices=notices,
@@ -259,14 +263,15 @@ def unfulfilled(request: StableCascadeRequest, job: Job, source: Source) -> Iter
 
 def _phases(
     job: Job,
-    source: Source,
+    made: Parts,
     stage_a_config: StageAConfig,
     components: Mapping[str, Component],
     dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype,
-    device: str,
 ) -> tuple[Phase, ...]:
+    source, device = made.source, made.device.type
     request, prior, decoder = job.request, job.network("stage_c"), job.network("stage_b")
+    words = made.words({"clip_g": source.config("text_encoder").get("hidden_size", CLIP_WIDTH)})
     encoders = ("text_encoder", *(["image_encoder"] if request.images else []))
     configs = {name: UNetConfig.from_dict(source.config(name)) for name in (prior, decoder)}
     check_together(source, encoders, configs[prior], configs[decoder], stage_a_config)
@@ -282,16 +287,17 @@ def _phases(
     # what each phase reads, and no more: new decoder settings leave Stage C's result standing
     def prompts(guided: bool) -> tuple[Any, ...]:
         negative = request.negative_prompt if guided else None
-        made_by = [components[name].identity for name in encoders]
-        return (*made_by, request.prompt, negative, request.images, request.raw_prompt, request.clip_skip)
+        made_by = [components[name].state for name in encoders]
+        settings = request.images, request.raw_prompt, request.clip_skip, made.words_key
+        return (*made_by, request.prompt, negative, *settings)
 
     encode_key = ("encode", job.guided["stage_c"], prompts(any(job.guided.values())))
     c_key = (
-        "stage_c", prompts(job.guided["stage_c"]), components[prior].identity, job.seeds, job.prior_steps,
+        "stage_c", prompts(job.guided["stage_c"]), components[prior].state, job.seeds, job.prior_steps,
         job.prior_guidance_scale, job.width, job.height, schedules["stage_c"],
     )  # fmt: skip
     b_key = (
-        "stage_b", c_key, prompts(job.guided["stage_b"]), components[decoder].identity, job.decoder_steps,
+        "stage_b", c_key, prompts(job.guided["stage_b"]), components[decoder].state, job.decoder_steps,
         job.decoder_guidance_scale, schedules["stage_b"],
     )  # fmt: skip
     images = len(job.seeds)
@@ -312,7 +318,7 @@ def _phases(
         Phase(
             name="encode", components=encoders, key=encode_key,
             work=lambda _: work.encode(source.config("text_encoder"), 2, dtype.itemsize),
-            run=lambda parts, *_: encode(parts, job, configs[prior]),
+            run=lambda parts, *_: encode(parts, job, configs[prior], words()["clip_g"]),
         ),
         Phase(
             name="stage_c", components=(prior, *previewer), key=c_key, **painting("stage_c", c_size),
@@ -366,15 +372,21 @@ def check_together(
 
 
 @torch.no_grad()
-def encode(parts: Mapping[str, Any], job: Job, prior: UNetConfig) -> Generator[Progress, None, Text]:
+def encode(
+    parts: Mapping[str, Any],
+    job: Job,
+    prior: UNetConfig,
+    words: Mapping[str, Tensor] = NO_EMBEDDINGS,
+) -> Generator[Progress, None, Text]:
     tokenizer, encoder = parts["text_encoder"]
     request = job.request
     steps = 1 + len(request.images)
 
     def read(*prompts: str) -> tuple[Tensor, Tensor]:
         return encode_pooled_prompts(
-            encoder, tokenizer, prompts, raw=request.raw_prompt, clip_skip=request.clip_skip, masked=True
-        )
+            encoder, tokenizer, prompts,
+            raw=request.raw_prompt, clip_skip=request.clip_skip, masked=True, embeddings=words,
+        )  # fmt: skip
 
     if job.guided["stage_c"]:
         features, pooled = read(request.prompt, request.negative_prompt)

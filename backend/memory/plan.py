@@ -22,7 +22,7 @@ from typing import Any
 
 from backend.memory.blocks import slots
 from backend.memory.hardware import GIB, Hardware
-from backend.phases import Component, Manner, Phase, Pipeline, Way
+from backend.phases import Adapted, Component, Manner, Phase, Pipeline, Way
 
 # Kept free for the device's own context, its libraries' workspaces and fragmentation.
 RESERVE_BYTES = {"cpu": GIB // 2, "cuda": GIB // 2, "mps": GIB // 2}
@@ -32,6 +32,8 @@ RAM_RESERVE_BYTES = GIB  # beside a card, for the program itself and the rest of
 WHOLE = 2**30  # attention's queries at once: more than there ever are
 ROWS = (1024, 128)  # fewer, where scores are held
 ALL = Manner()
+# Forwards of a network from which merging LoRAs into it takes less time than computing them beside it.
+MERGED_FROM = 4
 
 TITLES = {
     "text_encoder": "the text encoder",
@@ -81,7 +83,8 @@ class Wishes:
 class PlannedComponent:
     """`placement` is resident, swapped, streamed or cpu. `held_bytes` is what it takes of the device's memory
     when its phase runs: less than its `bytes` if it is streamed, or mapped from a file. What is not on the
-    `device` waits at `home`: in "ram", or in the "file" alone."""
+    `device` waits at `home`: in "ram", or in the "file" alone. `merged`: the LoRAs that go with it are in its
+    weights; else they are beside them, and counted with what it holds."""
 
     name: str
     placement: str
@@ -91,6 +94,7 @@ class PlannedComponent:
     device: str
     home: str = ""
     shares: tuple[tuple[str, int], ...] = ()
+    merged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +294,13 @@ class _Sketch:
     components: Mapping[str, PlannedComponent]
     ram_excess: int = 0  # what RAM lacks for what waits in it or runs there
 
+    def merged(self, name: str, more: int) -> _Sketch:
+        """With the LoRAs of a component in its weights, which takes so much more all the time."""
+        part = self.components[name]
+        held = replace(part, merged=True, held_bytes=part.held_bytes + more)
+        phases = tuple(replace(phase, peak_bytes=phase.peak_bytes + more) for phase in self.phases)
+        return replace(self, components={**self.components, name: held}, phases=phases)
+
     @property
     def worst(self) -> _SketchedPhase:
         return max(self.phases, key=lambda phase: phase.peak_bytes - phase.budget_bytes)
@@ -353,7 +364,7 @@ class _Planner:
 
     def takes(self, component: Component) -> int:
         """Of the device's memory: what is mapped from a file takes none of a CPU's."""
-        return component.copied_bytes if self.on_cpu else component.bytes
+        return (component.copied_bytes if self.on_cpu else component.bytes) + component.added_bytes
 
     def sketch(
         self,
@@ -428,7 +439,29 @@ class _Planner:
         components = {name: planned(name) for name in parts}
         if divided is not None:
             components[divided.name] = divided
-        return _Sketch(pipeline=pipeline, phases=tuple(phases), components=components, ram_excess=excess)
+        made = _Sketch(pipeline=pipeline, phases=tuple(phases), components=components, ram_excess=excess)
+        return self.merging(made) if made.fits else made
+
+    def merging(self, sketch: _Sketch) -> _Sketch:
+        """With LoRAs merged into the weights that they are for, where that saves time and there is room for
+        those weights as they were before: on a CPU beside them, of a card's in RAM, where what is swapped has
+        them anyway."""
+        for name, part in sketch.pipeline.components.items():
+            adapted, planned = part.adapted, sketch.components[name]
+            if adapted is None or not adapted.merging_bytes or adapted.forwards < MERGED_FROM:
+                continue
+            if planned.placement == "swapped" and planned.home == "ram":
+                more, room = 0, 0
+            elif planned.placement != "resident":
+                continue
+            elif self.on_cpu:
+                more = adapted.merging_bytes
+                room = min(phase.budget_bytes - phase.peak_bytes for phase in sketch.phases)
+            else:
+                more, room = 0, -sketch.ram_excess - adapted.merging_bytes
+            if more <= room:
+                sketch = sketch.merged(name, more)
+        return sketch
 
     def streamed(
         self,
@@ -453,7 +486,10 @@ class _Planner:
         candidates = sorted(blocks, key=lambda name: -need[name])
         count = slots(self.hardware.device)
         least = {
-            name: min(blocks[name].kept + count * max(blocks[name].blocks, default=0), need[name])
+            name: min(
+                blocks[name].kept + count * max(blocks[name].blocks, default=0) + parts[name].added_bytes,
+                need[name],
+            )
             for name in candidates
         }
         taken, coming = dict(need), candidates
@@ -633,6 +669,8 @@ class _Planner:
                 yield f"{name} is split over the cards: {of}."
             if part.device not in (self.hardware.device, "cpu"):
                 yield f"{name} is on {part.device}."
+            if adapted := sketch.pipeline.components[part.name].adapted:
+                yield _adapters(part, adapted)
         for phase, sketched in zip(sketch.pipeline.phases, sketch.phases, strict=True):
             yield from self.cuts(phase, sketched.manner)
         mapped = sum(part.bytes - part.held_bytes for part in parts if self.on_cpu)
@@ -652,6 +690,14 @@ class _Planner:
         if manner.rows in ROWS:
             why = "as asked for" if self.wishes.attention_slicing == "on" else "all would not fit"
             yield f"{name} attends with {manner.rows} queries at a time: {why}."
+
+
+def _adapters(part: PlannedComponent, adapted: Adapted) -> str:
+    count = len(adapted.names)
+    loras = "a LoRA" if count == 1 else f"{count} LoRAs"
+    if part.merged:
+        return f"{title(part.name)} has {loras} merged into {gib(adapted.merging_bytes)} of its weights."
+    return f"{title(part.name)} has {loras} beside its weights: {gib(adapted.bytes)}."
 
 
 def title(name: str) -> str:

@@ -85,7 +85,10 @@ def layer_of(network: nn.Module, path: str, term: Term) -> nn.Module:
     try:
         layer = network.get_submodule(path)
     except AttributeError:
-        raise CheckpointError(f"there is no layer {path} in this checkpoint") from None
+        try:  # transformers 5 dropped the prefix of its CLIP text model
+            layer = network.get_submodule(path.removeprefix("text_model."))
+        except AttributeError:
+            raise CheckpointError(f"there is no layer {path} in this checkpoint") from None
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.Linear | nn.Conv2d) and isinstance(weight, Tensor):
         due, has = weight.shape[:2], (term.up.shape[0], term.down.shape[1])
@@ -132,17 +135,18 @@ class Merged:
     """A network whose weights have terms in them, and what those were before, which comes back bit for bit.
 
     On a CPU the former weights stay where they are, in RAM or in a mapped file, beside the merged ones; those
-    of a card wait in RAM.
+    of a card wait in RAM, where `homes` may have them anyway.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, homes: Mapping[str, Tensor] | None = None) -> None:
         self._network = network
+        self._homes = homes or {}
         self._before: dict[str, Tensor] = {}
 
     @property
     def bytes(self) -> int:
-        """What merging takes beside the network."""
-        return sum(tensor.nbytes for tensor in self._before.values())
+        """What merging takes of RAM beside the network, wherever that is."""
+        return 0 if self._homes else sum(tensor.nbytes for tensor in self._before.values())
 
     def set(self, terms: Mapping[str, Term]) -> None:
         """Have these terms in the weights and no others. Raises CheckpointError, with the network as it was
@@ -158,8 +162,9 @@ class Merged:
             assert weight is not None
             if path not in self._before:
                 on_cpu = weight.device.type == "cpu"
-                self._before[path] = weight.data if on_cpu else weight.data.cpu()
-                if on_cpu:
+                home = self._homes.get(f"{path}.weight")
+                self._before[path] = weight.data.cpu() if home is None else home  # on a CPU itself
+                if on_cpu and home is None:
                     weight = nn.Parameter(torch.empty_like(weight), requires_grad=False)
                     layer._parameters["weight"] = weight
             merge(weight.data, self._before[path], terms[path])
@@ -172,7 +177,7 @@ class Merged:
             layer, before = self._network.get_submodule(path), self._before.pop(path)
             weight = layer._parameters["weight"]
             assert weight is not None
-            if weight.device.type == "cpu":
+            if weight.device.type == "cpu" and not self._homes:
                 layer._parameters["weight"] = nn.Parameter(before, requires_grad=False)
             else:
                 weight.data.copy_(before)

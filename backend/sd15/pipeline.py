@@ -25,8 +25,8 @@ from backend.sampling.schedules import ScheduleConfig
 from backend.sd15 import work
 from backend.sd15.defaults import defaults
 from backend.sd15.unet import UNet, UNetConfig
-from backend.text.encoders import load_clip_text, load_tokenizer
-from backend.text.prompts import encode_prompts
+from backend.text.encoders import CLIP_WIDTH, load_clip_text, load_tokenizer
+from backend.text.prompts import NO_EMBEDDINGS, encode_prompts
 from backend.weights.parts import Parts, completed, device_of, layout_of
 from backend.weights.source import Source
 
@@ -110,15 +110,17 @@ def pipeline(request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtyp
 
     components = {
         "text_encoder": parts.component("text_encoder", dtype, text),
-        "unet": parts.network("unet", painting, lambda: UNet(unet_config)),
+        "unet": parts.network("unet", painting, lambda: UNet(unet_config), forwards=job.steps),
         "vae": parts.network("vae", decoding, lambda: Autoencoder(vae_config)),
     }
+    words = parts.words({"clip_l": source.config("text_encoder").get("hidden_size", CLIP_WIDTH)})
     encode_key = (
-        components["text_encoder"].identity, request.prompt,
+        components["text_encoder"].state, request.prompt,
         request.negative_prompt if job.guided else None, request.raw_prompt, request.clip_skip,
+        parts.words_key,
     )  # fmt: skip
     denoise_key = (
-        encode_key, components["unet"].identity, seeds, job.steps, job.guidance_scale, job.sampler,
+        encode_key, components["unet"].state, seeds, job.steps, job.guidance_scale, job.sampler,
         job.width, job.height, schedule,
     )  # fmt: skip
     size = (job.height // vae_config.scale, job.width // vae_config.scale)
@@ -136,7 +138,7 @@ def pipeline(request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtyp
                 work=lambda _: work.encode(
                     source.config("text_encoder"), 1 + job.guided, dtype.itemsize, clip_skip=request.clip_skip
                 ),
-                run=lambda parts, *_: encode(parts["text_encoder"], job),
+                run=lambda parts, *_: encode(parts["text_encoder"], job, words()["clip_l"]),
             ),
             Phase(
                 name="denoise", components=("unet",), key=("denoise", *denoise_key),
@@ -153,14 +155,17 @@ def pipeline(request: SD15Request, parts: Parts, *, seeds: tuple[int, ...], dtyp
     )  # fmt: skip
 
 
-def encode(parts: Any, job: Job) -> Generator[Progress, None, Tensor]:
+def encode(
+    parts: Any, job: Job, embeddings: Mapping[str, Tensor] = NO_EMBEDDINGS
+) -> Generator[Progress, None, Tensor]:
     """→ text features (1, L, D), or (2, L, D) with the negative prompt's first when guidance asks for it."""
     tokenizer, encoder = parts
     request = job.request
     prompts = [request.negative_prompt, request.prompt] if job.guided else [request.prompt]
     features = encode_prompts(
-        encoder, tokenizer, prompts, raw=request.raw_prompt, clip_skip=request.clip_skip
-    )
+        encoder, tokenizer, prompts,
+        raw=request.raw_prompt, clip_skip=request.clip_skip, embeddings=embeddings,
+    )  # fmt: skip
     yield Progress(step=1, steps=1)
     return features
 

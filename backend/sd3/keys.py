@@ -141,9 +141,7 @@ LORA_PREFIXES = {
     **dict.fromkeys(("text_encoder_3.", "lora_te3_"), "text_encoder_3"),
 }  # fmt: skip
 # Layers that no other family has, as the hub's and the trainers' layouts call them.
-LORA_TELLS = (
-    r"joint_blocks|transformer_blocks[._]\d+[._](attn2?|ff|ff_context|norm1|norm1_context)[._]|^lora_te3_"
-)
+LORA_TELLS = r"joint_blocks|transformer_blocks[._]\d+[._](attn2?|ff|ff_context|norm1|norm1_context)[._]"
 # The original's layers that a LoRA can be for: of the whole, and of each block.
 LORA_LAYERS = (
     "context_embedder", "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.mlp.0",

@@ -6,7 +6,7 @@ latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,8 +28,9 @@ from backend.sampling.noise import Noise
 from backend.sd3 import work
 from backend.sd3.defaults import defaults
 from backend.sd3.mmdit import MMDiT, MMDiTConfig
-from backend.text.encoders import load_projected_clip_text, load_tokenizer
-from backend.text.prompts import check_clip_skip, encode_pooled_prompts
+from backend.text.encoders import CLIP_WIDTH, load_projected_clip_text, load_tokenizer
+from backend.text.inversion import without_names
+from backend.text.prompts import check_clip_skip, count_chunks, encode_pooled_prompts
 from backend.text.t5 import (
     count_t5,
     encode_t5,
@@ -51,6 +52,7 @@ from backend.weights.source import Source
 AUTO_DTYPES = ("bfloat16", "float16")
 
 CLIPS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+EMBEDDED = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # as embeddings' files call them
 T5 = "text_encoder_3"
 EARLY = 1  # of the CLIPs' last layers that are always left out
 RUNS = {  # T5 at its prices, the best first
@@ -194,7 +196,7 @@ def pipeline(
     components = {
         **{name: clip(name) for name in CLIPS},
         **({} if t5 == "off" else {T5: t5_component(parts, t5, dtype)}),
-        "transformer": parts.network("transformer", painting, lambda: MMDiT(config)),
+        "transformer": parts.network("transformer", painting, lambda: MMDiT(config), forwards=job.steps),
         "vae": parts.network("vae", decoding, lambda: Autoencoder(vae_config)),
     }
     size = (job.height // vae_config.scale, job.width // vae_config.scale)
@@ -204,7 +206,7 @@ def pipeline(
     )
     return Pipeline(
         components=components,
-        phases=(*_phases(job, source, config, size, components, painting, device), decode),
+        phases=(*_phases(job, parts, config, size, components, painting), decode),
         settings=job.settings(t5),
         decisions=(*shortened(job, t5), *idle(job)),
     )
@@ -328,25 +330,29 @@ def check_size(job: Job, config: MMDiTConfig, vae: AutoencoderConfig) -> None:
 
 def _phases(
     job: Job,
-    source: Source,
+    made: Parts,
     config: MMDiTConfig,
     size: tuple[int, int],
     components: Mapping[str, Component],
     dtype: torch.dtype,
-    device: str,
 ) -> list[Phase]:
     """All but the last; `size` is height and width of the latents."""
+    source, device = made.source, made.device.type
+    embedded = made.words(
+        {kind: source.config(name).get("hidden_size", CLIP_WIDTH) for name, kind in EMBEDDED.items()}
+    )
+    names = tuple(use.name for use in made.embeddings)
     request, schedule = job.request, FlowConfig.from_dict(source.config("scheduler"))
     rgb = source.extras().get("latent_rgb", LATENT_RGB if config.out_channels == 16 else None)
-    words = (tuple(job.prompts), request.raw_prompt)
-    clip_key = ("encode_clip", *(components[name].identity for name in CLIPS), *words, request.clip_skip)
-    t5_key = ("encode_t5", components[T5].identity, *words, job.tokens) if T5 in components else None
+    words = (tuple(job.prompts), request.raw_prompt, made.words_key)
+    clip_key = ("encode_clip", *(components[name].state for name in CLIPS), *words, request.clip_skip)
+    t5_key = ("encode_t5", components[T5].state, *words, job.tokens) if T5 in components else None
     guidance = (
         request.skip_layer_guidance_scale, request.skip_layer_guidance_start,
         request.skip_layer_guidance_stop, job.skipped,
     )  # fmt: skip
     denoise_key = (
-        "denoise", clip_key, t5_key, job.tokens, components["transformer"].identity, job.seeds, job.steps,
+        "denoise", clip_key, t5_key, job.tokens, components["transformer"].state, job.seeds, job.steps,
         job.guidance_scale, job.sampler, job.shift, job.width, job.height, schedule, guidance,
     )  # fmt: skip
     prompts, item = len(job.prompts), dtype.itemsize
@@ -358,7 +364,7 @@ def _phases(
     clip = Phase(
         name="encode_clip", components=tuple(CLIPS), key=clip_key,
         work=lambda _: max(work.encode_clip(source.config(name), prompts, item) for name in CLIPS),
-        run=lambda parts, *_: encode_clip(parts, job),
+        run=lambda parts, *_: encode_clip(parts, job, embedded()),
     )  # fmt: skip
     painting = Phase(
         name="denoise", components=("transformer",), key=denoise_key,
@@ -377,20 +383,31 @@ def _phases(
             source.config(T5), prompts, job.tokens, dtype, device=device,
             precision=kept if kept in ("int8", "nf4") else "full", float8=t5_narrow(source, dtype, device),
         ),
-        run=lambda parts, *_: read_t5(parts[T5], job),
+        run=lambda parts, *_: read_t5(parts[T5], job, names),
     )  # fmt: skip
     return [clip, t5, painting]
 
 
-def encode_clip(parts: Mapping[str, Any], job: Job) -> Generator[Progress, None, ClipText]:
+def encode_clip(
+    parts: Mapping[str, Any], job: Job, words: Mapping[str, Mapping[str, Tensor]]
+) -> Generator[Progress, None, ClipText]:
+    """`words` are the embeddings that the prompts have, by encoder and name."""
     request = job.request
+    chunks = 1
+    for name, kind in EMBEDDED.items() if any(words.values()) else ():  # one may have more vectors for a name
+        tokenizer, encoder = parts[name]
+        counted = count_chunks(
+            tokenizer, encoder, job.prompts, raw=request.raw_prompt, embeddings=words[kind]
+        )
+        chunks = max(chunks, counted)
     features, pooled = [], []
     for index, name in enumerate(CLIPS, start=1):
         tokenizer, encoder = parts[name]
         # the features are those before the last layer, the pooled ones those after it
         tokens, summary = encode_pooled_prompts(
-            encoder, tokenizer, job.prompts, raw=request.raw_prompt, clip_skip=request.clip_skip, early=EARLY
-        )
+            encoder, tokenizer, job.prompts, raw=request.raw_prompt, clip_skip=request.clip_skip, early=EARLY,
+            embeddings=words[EMBEDDED[name]], chunks=chunks,
+        )  # fmt: skip
         features.append(tokens)
         pooled.append(summary)
         yield Progress(step=index, steps=len(CLIPS))
@@ -403,13 +420,14 @@ def encode_clip(parts: Mapping[str, Any], job: Job) -> Generator[Progress, None,
     return ClipText(torch.cat(features, dim=2), torch.cat(pooled, dim=1))
 
 
-def read_t5(parts: Any, job: Job) -> Generator[Progress | Notice, None, Tensor]:
-    """→ features (P, L, D)."""
+def read_t5(parts: Any, job: Job, embeddings: Sequence[str]) -> Generator[Progress | Notice, None, Tensor]:
+    """→ features (P, L, D). T5 has no vectors for embeddings: it does not read their names."""
     tokenizer, encoder = parts
-    longest = max(count_t5(tokenizer, prompt, raw=job.request.raw_prompt) for prompt in job.prompts)
+    prompts = [without_names(prompt, embeddings) if embeddings else prompt for prompt in job.prompts]
+    longest = max(count_t5(tokenizer, prompt, raw=job.request.raw_prompt) for prompt in prompts)
     if longest > job.tokens:
         yield Notice(text=f"T5 reads {job.tokens} tokens, and the prompt has {longest}: the rest was cut.")
-    features = encode_t5(encoder, tokenizer, job.prompts, job.tokens, raw=job.request.raw_prompt)
+    features = encode_t5(encoder, tokenizer, prompts, job.tokens, raw=job.request.raw_prompt)
     yield Progress(step=1, steps=1)
     return features
 

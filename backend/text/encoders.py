@@ -23,6 +23,7 @@ from backend.weights.load import load_module
 from backend.weights.source import Source
 
 M = TypeVar("M", bound=nn.Module)
+CLIP_WIDTH = 512  # what a CLIP config that does not tell means, in transformers
 
 
 def load_clip_text(source: Source, component: str, dtype: torch.dtype, device: torch.device) -> CLIPTextModel:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backend.catalog import FAMILIES
 from backend.errors import CheckpointError
@@ -55,11 +55,18 @@ ELSEWHERE = {  # part of a layer's name → a program's network that it is of
     "double_blocks": "Flux",
     "single_blocks": "Flux",
     "caption_projection": "PixArt",
-    "lora_te2_": "Stable Diffusion XL",  # where SD3's transformer is not in the file, too
     "motion_modules": "AnimateDiff",
 }
+TEXT = {  # how the names of text encoders' layers begin, in files with nothing else → the family
+    "lora_prior_te_": "stable_cascade",
+    "lora_te3_": "sd3",
+    "lora_te_": "sd15",
+    "text_encoder.": "sd15",
+}
+SECOND_CLIP = ("lora_te2_", "text_encoder_2.")
 CROSS = re.compile(r".*attn2[._]to_[kv]$")  # layers that take the text's features, whose width tells
-WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+XL = "Stable Diffusion XL"
+WIDTHS = {1024: "Stable Diffusion 2", 2048: XL}
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"  # peft's own files
 SETTINGS = "lora_adapter_metadata"  # where the hub's layout keeps peft's settings
 DIFFERENCES = re.compile(r"(^|.*\.)(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)")
@@ -98,9 +105,8 @@ class Lora:
     @cached_property
     def layers(self) -> dict[str, Layer]:
         """By the names that the file has for them."""
-        for part, kind in OTHERS.items():
-            if any(part in name for name in self.shapes):
-                raise CheckpointError(f"{self.path.name} is {kind}, which cannot be used; LoRAs can be")
+        if kind := other_kind(self.shapes):
+            raise CheckpointError(f"{self.path.name} is {kind}, which cannot be used; LoRAs can be")
         found: dict[str, Layer] = {}
         unknown: list[str] = []
         for name in self.shapes:
@@ -145,25 +151,16 @@ class Lora:
     @cached_property
     def family(self) -> str | None:
         """The family it is for; None where nothing tells. Raises CheckpointError for others' networks."""
-        names = list(self.layers)
-        if self.numbered:
-            return "stable_cascade"
-        joint = any("joint_blocks" in name for name in names)
-        for part, title in ELSEWHERE.items():
-            if not joint and any(part in name for name in names):
+        family = family_of(self.layers)
+        if isinstance(family, Elsewhere):
+            raise CheckpointError(f"{self.path.name} is a LoRA for {family}, which is not painted with here")
+        read = {self.shapes[layer.down][1] for name, layer in self.layers.items() if CROSS.fullmatch(name)}
+        for width, title in WIDTHS.items():
+            if width in read:
                 raise CheckpointError(
                     f"{self.path.name} is a LoRA for {title}, which is not painted with here"
                 )
-        for name, layer in self.layers.items():
-            width = self.shapes[layer.down][1]
-            if CROSS.fullmatch(name) and width in WIDTHS:
-                raise CheckpointError(
-                    f"{self.path.name} is a LoRA for {WIDTHS[width]}, which is not painted with here"
-                )
-        for family in FAMILIES:
-            if any(re.search(keys_of(family).LORA_TELLS, name) for name in names):
-                return family
-        return None
+        return family
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -182,6 +179,8 @@ class Lora:
             if name.endswith(".weight") and len(shape) > 1
         }
         keys = keys_of(family)
+        if not base:  # not here yet: what is it for, as far as its names tell
+            return {n: [] for n in self.layers if _rest(n, keys.LORA_PREFIXES, component) is not None}
         if self.numbered:
             return self._numbered(keys, component, paths)
         known: dict[str, list[Place]] = keys.lora_names(component, paths)
@@ -202,23 +201,42 @@ class Lora:
                 f"{self.path.name} has {len(lacking)} layers that the checkpoint's {component} lacks "
                 f"({_some(lacking)}): it is for another one"
             )
+        self._check_places(found, component, paths)
         return found
+
+    def _check_places(self, places: Mapping[str, list[Place]], component: str, paths: Shapes) -> None:
+        for name, targets in places.items():
+            down, up = self.shapes[self.layers[name].down], self.shapes[self.layers[name].up]
+            kernel = self.shapes[self.layers[name].mid or self.layers[name].down][2:]
+            for place in targets:
+                due = paths[place.path]
+                rows = up[0] // (place.chunk[1] if place.chunk else 1)
+                if (rows, down[1]) != due[:2] or (kernel or (1, 1)) != (due[2:] or (1, 1)):
+                    raise CheckpointError(
+                        f"{self.path.name} is for another checkpoint: its layer {name} is for weights of "
+                        f"{_shape((rows, down[1], *kernel))}, and those of the {component} are {_shape(due)}"
+                    )
 
     def _numbered(self, keys: Any, component: str, paths: Shapes) -> dict[str, list[Place]]:
         """The original release lists the attentions' matrices in their order in the network: of each the
         result's, then that of queries, keys and values."""
-        if component not in keys.LITE and component not in keys.LITE.values():
+        if component != "prior":
             return {}
         order: list[list[Place]] = keys.lora_order(paths)
-        if component in ("decoder", "decoder_lite"):
-            return {}
         names = sorted(self.layers, key=lambda name: int(name.partition(".")[2]))
         if len(names) != len(order):
             raise CheckpointError(
                 f"{self.path.name} has {len(names)} layers, and the attentions of the checkpoint's "
                 f"{component} {len(order)}: it is for another one"
             )
-        return dict(zip(names, order, strict=True))
+        places = dict(zip(names, order, strict=True))
+        self._check_places(places, component, paths)
+        return places
+
+    def numbers(self, places: Iterable[str]) -> int:
+        """How many numbers the terms of these layers have."""
+        each = (self.layers[name] for name in places)
+        return sum(math.prod(self.shapes[name]) for layer in each for name in (layer.down, layer.up))
 
     def terms(self, places: Mapping[str, list[Place]], weight: float) -> dict[str, Term]:
         """The terms by the paths of the layers that they are for, times `weight`; in float32."""
@@ -292,6 +310,45 @@ class Lora:
     @property
     def stamp(self) -> str:
         return stamp(self.path)
+
+
+class UsedLora(NamedTuple):
+    """A LoRA, what the request calls it, and its weights for the network and for the text encoders."""
+
+    lora: Lora
+    name: str
+    network: float
+    text: float
+
+    def weight(self, component: str) -> float:
+        return self.text if component.startswith("text_encoder") else self.network
+
+
+def other_kind(names: Iterable[str]) -> str | None:
+    """What a file with tensors of these names is, of the kinds that are like LoRAs and cannot be used."""
+    names = list(names)
+    return next((kind for part, kind in OTHERS.items() if any(part in name for name in names)), None)
+
+
+def family_of(layers: Iterable[str]) -> str | None:
+    """The family whose layers have such names, or, as `Elsewhere`, another program's network."""
+    names = list(layers)
+    if names and all(map(STAGE_C.fullmatch, names)):
+        return "stable_cascade"
+    elsewhere = (title for part, title in ELSEWHERE.items() if any(part in name for name in names))
+    if title := next(elsewhere, None):
+        return Elsewhere(title)
+    tells = {family: re.compile(keys_of(family).LORA_TELLS) for family in FAMILIES}
+    told = next((family for family, telling in tells.items() if any(map(telling.search, names))), None)
+    if told in ("sd15", None) and any(name.startswith(SECOND_CLIP) for name in names):
+        return "sd3" if any(name.startswith("lora_te3_") for name in names) else Elsewhere(XL)
+    return told or next(
+        (family for start, family in TEXT.items() if any(name.startswith(start) for name in names)), None
+    )
+
+
+class Elsewhere(str):
+    """The title of a network that is none of ours."""
 
 
 def _rest(name: str, prefixes: Mapping[str, str], component: str) -> str | None:

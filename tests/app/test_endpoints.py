@@ -170,7 +170,7 @@ BAD_VALUES = [
     ({"prefer": "luck"}, r"prefer is 'luck'; "),
     ({"clip_skip": 40}, r"clip_skip is 40; "),
     ({"raw_prompt": "no"}, r"raw_prompt is 'no'; "),
-    ({"loras": [["a.safetensors", 1.0]]}, r"loras is "),
+    ({"loras": [["nobody", 1.0]]}, r"there is no LoRA called 'nobody'; "),
     ({"prompt": None}, r"prompt is None; it must be text"),
     ({"checkpoint": ""}, r"checkpoint is empty; "),
     ({"checkpoint": "nobody/nothing"}, r"nobody/nothing does not exist on "),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,11 @@ def reference(
     prior: dict[str, Any],
     decoder: dict[str, Any],
     variants: tuple[str, str] = ("", ""),
+    adapt: Callable[[Any], None] | None = None,
     **call: Any,
 ) -> np.ndarray:
-    """The reference's pictures, (B, H, W, 3) in 0 to 255: built of its parts, as it loads no decoder."""
+    """The reference's pictures, (B, H, W, 3) in 0 to 255: built of its parts, as it loads no decoder. `adapt`
+    changes the prior's pipeline before, whose text encoder is the decoder's, too."""
     first, second = folder / "stable-cascade-prior", folder / "stable-cascade"
     text: Any = {
         "tokenizer": CLIPTokenizer.from_pretrained(first / "tokenizer"),
@@ -86,6 +88,8 @@ def reference(
     prompts = {name: call[name] for name in ("prompt", "negative_prompt") if name in call}
     for pipe in (priors, decoders):
         pipe.set_progress_bar_config(disable=True)
+    if adapt is not None:
+        adapt(priors)
     sizes = {name: call[name] for name in ("height", "width", "images") if name in call}
     composed: Any = priors(
         num_images_per_prompt=len(seeds), generator=generators, **prompts, **sizes, **prior

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,14 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     return Studio(Settings(device="cpu", dtype="float32", home=tmp_path_factory.mktemp("home")))
 
 
-def reference(folder: Path, sampler: str, seeds: list[int], **call: Any) -> np.ndarray:
-    """The reference's pictures, (B, H, W, 3) in 0 to 255."""
+def reference(
+    folder: Path, sampler: str, seeds: list[int], *, adapt: Callable[[Any], None] | None = None, **call: Any
+) -> np.ndarray:
+    """The reference's pictures, (B, H, W, 3) in 0 to 255; `adapt` changes its pipeline before."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
+    if adapt is not None:
+        adapt(pipe)
     # the reference's clip_skip looks for an attribute that transformers 5 dropped
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
     name, extra = REFERENCE[sampler]

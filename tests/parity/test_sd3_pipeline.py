@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,21 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 
 def reference(
-    folder: Path, seeds: list[int], *, t5: bool = True, scheduler: Any = None, **call: Any
+    folder: Path,
+    seeds: list[int],
+    *,
+    t5: bool = True,
+    scheduler: Any = None,
+    adapt: Callable[[Any], None] | None = None,
+    **call: Any,
 ) -> np.ndarray:
-    """The reference's pictures, (B, H, W, 3) in 0 to 255."""
+    """The reference's pictures, (B, H, W, 3) in 0 to 255; `adapt` changes its pipeline before."""
     left_out: dict[str, Any] = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32, **left_out)
     pipe.scheduler = scheduler or pipe.scheduler
     pipe.set_progress_bar_config(disable=True)
+    if adapt is not None:
+        adapt(pipe)
     pictures: Any = pipe(
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],

@@ -45,7 +45,18 @@ from backend.settings import Settings
         pytest.param("guidance_scale", 10**5000, "0 to 30", id="a number too long to print"),
         ("checkpoint", " ", "hub repository"),
         ("raw_prompt", "yes", "True or False"),
-        ("loras", (("style.safetensors", 0.8),), "takes none yet"),
+        ("loras", "style", "a list of 0 to 32"),
+        ("loras", (("style", 1.0),) * 33, "a list of 0 to 32"),
+        ("loras", ("style",), "pairs of a name or file and a weight"),
+        ("loras", (("", 1.0),), "pairs of a name or file and a weight"),
+        ("loras", (("style",),), "pairs of a name or file and a weight"),
+        ("loras", (("style", float("nan")),), "from -10 to 10"),
+        ("loras", (("style", 0.5, "much"),), "from -10 to 10"),
+        ("prompt", "a house <lora:style:1e9>", "from -10 to 10"),
+        ("prompt", "a house <lora:style:nan>", "from -10 to 10"),
+        ("prompt", "a house <lora::1>", "names nothing"),
+        ("prompt", "a house <hypernet:style:1>", "LoRAs can be"),
+        ("negative_prompt", "night <lora:style:1>", "name them in the prompt"),
     ],
 )
 def test_refused(field: str, value: Any, allowed: str) -> None:
@@ -85,7 +96,7 @@ def test_refused(field: str, value: Any, allowed: str) -> None:
         ("num_images", 9, "1 to 8"),
         ("clip_skip", -1, "0 to 11"),
         ("negative_prompt", None, "must be text"),
-        ("loras", (("style.safetensors", 0.8),), "takes none yet"),
+        ("loras", (("style", -11),), "from -10 to 10"),
     ],
 )
 def test_cascade_refused(field: str, value: Any, allowed: str) -> None:
