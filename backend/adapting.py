@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +40,20 @@ def plain(request: R, settings: Settings) -> tuple[R, Found]:
     return replace(request, prompt=prompt, loras=()), found
 
 
+def hashes(request: Request, settings: Settings) -> dict[str, str]:
+    """The LoRAs of a request by name → what other programs know them by: the start of the SHA-256 of their
+    tensors, or of the whole file where it is no safetensors one."""
+    return {use.name: _hash(use.lora.path, use.lora.stamp) for use in plain(request, settings)[1].loras}
+
+
+@lru_cache(maxsize=256)
+def _hash(path: Path, stamp: str) -> str:
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def _loras(named: tuple[tags.Named, ...], family: str, settings: Settings) -> tuple[UsedLora, ...]:
     found: dict[Path, UsedLora] = {}
     for each in named:
@@ -53,8 +69,21 @@ def _loras(named: tuple[tags.Named, ...], family: str, settings: Settings) -> tu
 
 def _embeddings(prompts: tuple[str, ...], family: str, settings: Settings) -> tuple[UsedEmbedding, ...]:
     """Those that the prompts have, by the words that they have for them."""
-    known: dict[str, Adapter] = {}
-    for each in adapters(settings, family, EMBEDDING):
-        known |= dict.fromkeys((each.name, *each.words), each)
-    words = dict.fromkeys(word for prompt in prompts for word in inversion.names_in(prompt, tuple(known)))
-    return tuple(UsedEmbedding(word, known[word].path, inversion.look(known[word].path)) for word in words)
+    known: dict[str, list[Adapter]] = {}
+    elsewhere: dict[str, Path] = {}
+    for each in adapters(settings, kind=EMBEDDING):
+        for word in dict.fromkeys(word.lower() for word in (each.name, *each.words)):
+            if family in each.families:
+                known.setdefault(word, []).append(each)
+            else:
+                elsewhere[word] = each.path
+    used: dict[str, UsedEmbedding] = {}
+    for word in (word for prompt in prompts for word in inversion.names_in(prompt, tuple(known), elsewhere)):
+        if len(known[word]) > 1:
+            names = " and ".join(each.name for each in known[word])
+            raise InvalidRequest(
+                f"{word!r:.80} is the name of two files ({names}); write which, with its folder"
+            )
+        path = known[word][0].path
+        used[word] = UsedEmbedding(word, path, inversion.look(path))
+    return tuple(used.values())

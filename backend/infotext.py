@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from backend.errors import InvalidRequest
 from backend.image_prompts import MOST_PIXELS
 from backend.requests import REQUESTS
 from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
+from backend.text import tags
 from backend.version import VERSION
 
 NEGATIVE = "Negative prompt:"
@@ -44,6 +46,7 @@ SOURCES = {  # a field of the request → of the text, where it is told
     "raw_prompt": "Raw prompt",
     "clip_skip": "Clip skip",
     "checkpoint": "Model",
+    "loras": "LoRAs",
 }
 SINGLE_STAGE_SOURCES = {"steps": "Steps", "guidance_scale": "CFG scale", "sampler": "Sampler"}
 FAMILY_SOURCES: dict[str, dict[str, str]] = {
@@ -67,6 +70,7 @@ FAMILY_SOURCES: dict[str, dict[str, str]] = {
 }
 # What a text means by saying nothing of it.
 UNSAID = {"clip_skip": 0, "raw_prompt": False}
+HASHES = "Lora hashes"  # by which other programs know the files that the prompt names
 FAMILY_UNSAID = {"sd3": {"max_sequence_length": TOKENS, "skip_layer_guidance_scale": 0.0}}
 TOGETHER = (("width", "height"), ("skip_layer_guidance_start", "skip_layer_guidance_stop"))
 
@@ -116,8 +120,10 @@ def describe(settings: Mapping[str, Any], seed: int) -> str:
     """The text of one picture, from a result's settings and the picture's own seed."""
     family = _cascade if "prior_steps" in settings else _flow if "t5" in settings else _single_stage
     steps, further = family(settings)
+    loras = [(_model_name(str(name)), *weights) for name, *weights in settings.get("loras", ())]
+    raw = settings.get("raw_prompt", False)
     return write(
-        settings["prompt"],
+        settings["prompt"] if raw else tags.with_tags(settings["prompt"], loras),
         settings["negative_prompt"],
         {
             **steps,
@@ -127,6 +133,9 @@ def describe(settings: Mapping[str, Any], seed: int) -> str:
             **further,
             "Clip skip": settings["clip_skip"] + 1 if settings.get("clip_skip") else None,
             "Raw prompt": True if settings.get("raw_prompt") else None,
+            "LoRAs": json.dumps(loras) if raw and loras else None,  # where the prompt is all text
+            HASHES: ", ".join(f"{name}: {each}" for name, each in settings.get("lora_hashes", {}).items())
+            or None,
             "Version": f"Triptych {VERSION}",
         },
     )
@@ -216,6 +225,9 @@ def restore(text: str) -> dict[str, Any]:
             **{name: _number(float, fields.get(key)) for key, name in SKIP_LAYERS.items()},
             "skip_guidance_layers": _layers(fields.get("Skip layers")),
         }
+    if "LoRAs" in fields:
+        with suppress(ValueError, TypeError, RecursionError):
+            told["loras"] = tuple(tuple(each) for each in json.loads(fields["LoRAs"]))
     if clip_skip := _number(int, fields.get("Clip skip")):
         told["clip_skip"] = clip_skip - 1
     model = fields.get("Model", "")
@@ -268,7 +280,7 @@ def understand(text: str) -> Restored:
     settings = _servable(family, told)
     unsaid = UNSAID | FAMILY_UNSAID.get(family, {})
     sources = SOURCES | FAMILY_SOURCES[family]
-    used = {sources[name] for name in settings if name in sources} | {"Version"}
+    used = {sources[name] for name in settings if name in sources} | {"Version", HASHES}
     known = {*sources.values(), *used}
     if "sampler" in sources:
         known.add("Schedule type")

@@ -79,7 +79,7 @@ class Request:
             tags.extract(self.prompt)
             if tags.extract(self.negative_prompt)[1]:
                 raise InvalidRequest(
-                    "negative_prompt names a LoRA; LoRAs work on the whole picture: name them in the prompt"
+                    "negative_prompt names a LoRA; they work on the whole picture: name them in the prompt"
                 )
 
 

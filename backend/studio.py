@@ -267,7 +267,10 @@ class Studio:
         timings = {**run.timings, "total": time.perf_counter() - begin}
         rounded = {name: round(seconds, 3) for name, seconds in timings.items()}
         facts = {"family": request.family, "timings": rounded}
-        files = self._save(pictures, pipeline, seeds, facts, run.notices, owner)
+        asked = pipeline.settings
+        if hashes := adapting.hashes(request, self.settings):
+            asked = asked | {"lora_hashes": hashes}
+        files = self._save(pictures, asked, seeds, facts, run.notices, owner)
         yield Finished(
             result=Result(
                 images=pictures,
@@ -275,7 +278,7 @@ class Studio:
                 seeds=list(seeds),
                 plan=plan,
                 timings=rounded,
-                settings=pipeline.settings,
+                settings=asked,
                 peak_bytes=max(meter.peak - run.baseline, 0),
                 notices=run.notices,
             )
@@ -548,7 +551,7 @@ class Studio:
     def _save(
         self,
         pictures: list[Image],
-        pipeline: Pipeline,
+        settings: dict[str, Any],
         seeds: tuple[int, ...],
         facts: dict[str, Any],
         notices: list[str],
@@ -560,8 +563,8 @@ class Studio:
         """
         gallery, files = self.gallery, []
         for picture, seed in zip(pictures, seeds, strict=True):
-            text = infotext.describe(pipeline.settings, seed)
-            record = {**pipeline.settings, "seed": seed, **facts}
+            text = infotext.describe(settings, seed)
+            record = {**settings, "seed": seed, **facts}
             try:
                 files.append(gallery.save(picture, text, record, owner=owner))
             except StorageError as error:

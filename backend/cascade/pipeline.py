@@ -144,7 +144,7 @@ def complete(
 def ways(
     request: StableCascadeRequest, parts: Parts, *, seeds: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Way, ...]:
-    """The ways to make the pictures of a request: its stages full, or lite.
+    """The ways to make the pictures of a request: its stages full, or lite; LoRAs are for one size.
 
     Raises CheckpointError for a checkpoint without a stage that the request names.
     """
@@ -158,7 +158,9 @@ def ways(
             pace=sum(source.parameter_bytes(name, dtype_name(dtype)) for name in networks),
         )
 
-    return tuple(map(way, candidates(request, source)))
+    found = list(candidates(request, source))
+    fitting = [each for each in found if parts.fits(network_name("stage_c", each["stage_c"]), dtype)]
+    return tuple(map(way, fitting or found))
 
 
 def pipeline(

@@ -116,10 +116,7 @@ LORA_PREFIXES = {
     **dict.fromkeys(("text_encoder.", "lora_te_", "lora_te1_"), "text_encoder"),
 }
 # Layers that no other family has, as the hub's and the trainers' layouts call them.
-LORA_TELLS = (
-    r"blocks?[._](\d+[._])?(attentions|resnets|downsamplers|upsamplers)[._]"
-    r"|^lora_te_|^text_encoder\.(?!.*(joint|transformer)_blocks)"
-)
+LORA_TELLS = r"blocks?[._](\d+[._])?(attentions|resnets|downsamplers|upsamplers)[._]"
 LORA_EARLY = {  # of the first files in the hub's layout: here → there
     ".attn1.to_": ".attn1.processor.to_", ".attn2.to_": ".attn2.processor.to_", ".to_out.0": ".to_out",
 }  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from backend.errors import InvalidRequest
@@ -50,37 +51,33 @@ def read(value: object) -> Named:
             f"loras holds {value!r:.80}; it can hold pairs of a name or file and a weight, or a name, the "
             "network's weight and the text encoders'"
         )
-    network = _weight(f"the weight of {given[0]!r:.80}", given[1])
-    return Named(given[0].strip(), network, _weight(f"the weight of {given[0]!r:.80}", given[-1]))
+    name, network, text = given[0].strip(), given[1], given[-1]
+    return Named(name, _weight("loras", name, network), _weight("loras", name, text))
 
 
 def _named(match: re.Match[str]) -> Named:
     tag, (name, *values) = match[0], match["rest"].split(":")
     if match["kind"].lower() == "hypernet":
-        raise InvalidRequest(f"the prompt holds {tag!r:.80}; hypernetworks cannot be used, LoRAs can be")
+        raise InvalidRequest(f"prompt holds {tag!r:.80}; hypernetworks cannot be used, LoRAs can be")
     if not name.strip():
-        raise InvalidRequest(f"the prompt holds {tag!r:.80}, which names nothing; it can be <lora:name:0.8>")
+        raise InvalidRequest(f"prompt holds {tag!r:.80}, which names nothing; it can be <lora:name:0.8>")
     plain = [value for value in values if "=" not in value]
     told = dict(value.split("=", 1) for value in values if "=" in value)
     text = told.get("te", plain[0] if plain else "1")
     network = told.get("unet", plain[1] if len(plain) > 1 else text)
-    return Named(
-        name.strip(),
-        _weight(f"the weight in {tag!r:.80}", network),
-        _weight(f"the weight in {tag!r:.80}", text),
-    )
+    name = name.strip()
+    return Named(name, _weight("prompt", name, network), _weight("prompt", name, text))
 
 
-def _weight(what: str, value: object) -> float:
-    try:
-        number = (
-            float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-        )
-    except (ValueError, OverflowError):
-        number = math.nan
+def _weight(field: str, name: str, value: object) -> float:
+    number = math.nan
+    with suppress(ValueError, OverflowError):
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            number = float(value)
     if not abs(number) <= MOST_WEIGHT:
         raise InvalidRequest(
-            f"{what} is {value!r:.80}; it can be a number from {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            f"{field} has {value!r:.80} for the weight of {name[:80]!r}; it can be a number from "
+            f"{-MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
         )
     return number
 

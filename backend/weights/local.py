@@ -103,33 +103,33 @@ def found(settings: Settings) -> Found:
     own = list(look.inside(settings.models_dir, 1)) if settings.models_dir else []
     order = [*catalog.FAMILIES, None]
     entries = sorted([*own, *_downloaded(settings)], key=lambda each: (order.index(each.family), each.name))
-    return Found(entries, cut=look.left <= 0)
+    return Found(entries, cut=look.walk.left <= 0)
+
+
+def weight_files(root: Path) -> list[Path]:
+    """The weight files in a folder and below it, but for those of checkpoints' folders."""
+    walk, paths, folders = _Walk(), list[Path](), [(root, 1)]
+    while folders:
+        folder, depth = folders.pop()
+        if (folder / INDEX).is_file():
+            continue
+        found, below = walk.entries(folder)
+        paths += found
+        folders += [(each, depth + 1) for each in below if depth < DEPTH]
+    return sorted(paths)
 
 
 # ---- files and folders of one's own
 
 
-class _Look:
-    """Looks through `models_dir`; `left` counts the entries that may still be looked at."""
+class _Walk:
+    """Through folders; `left` counts the entries that may still be looked at."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self) -> None:
         self.left = MOST
         self._seen: set[tuple[int, int]] = set()
 
-    def inside(self, folder: Path, depth: int) -> Iterator[Local]:
-        """What lies in a folder, and below it."""
-        paths, folders = self._entries(folder)
-        for path in paths:
-            yield self._file(path)
-        for each in folders:
-            whole = self._whole(each)
-            if whole is not None:
-                yield whole
-            elif depth < DEPTH:
-                yield from self.inside(each, depth + 1)
-
-    def _entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
+    def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The weight files and the folders in it; none of a folder that was seen, or cannot be read."""
         paths, folders = [], []
         try:
@@ -149,6 +149,26 @@ class _Look:
         except OSError:
             return [], []
         return sorted(paths), sorted(folders)
+
+
+class _Look:
+    """Looks through `models_dir`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.walk = _Walk()
+
+    def inside(self, folder: Path, depth: int) -> Iterator[Local]:
+        """What lies in a folder, and below it."""
+        paths, folders = self.walk.entries(folder)
+        for path in paths:
+            yield self._file(path)
+        for each in folders:
+            whole = self._whole(each)
+            if whole is not None:
+                yield whole
+            elif depth < DEPTH:
+                yield from self.inside(each, depth + 1)
 
     def _file(self, path: Path) -> Local:
         name = self._name(path)

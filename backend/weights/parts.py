@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.memory.blocks import blocks_of
 from backend.nn.compiled import compile_parts
-from backend.phases import Blocks, Component, NotFinite
+from backend.nn.lowrank import Term, together
+from backend.phases import Adapted, Blocks, Component, NotFinite
 from backend.requests import Request
+from backend.text.inversion import UsedEmbedding, check_fits, fitting, read_embedding
 from backend.weights import flax
+from backend.weights.base import keys_of, stamp
+from backend.weights.files import Shapes
 from backend.weights.load import load_module
+from backend.weights.lora import UsedLora
 from backend.weights.source import Source
 
 UNSEEN = 24  # blocks of a network whose files are not here yet: as many as SD3's and T5's have
@@ -28,13 +33,16 @@ Load = Callable[[torch.device], Any]
 class Parts:
     """Makes components of one checkpoint for a type of device; networks of our own may be `compiled`.
 
-    `wider` are the dtypes of components that overflowed in a narrower one.
+    `wider` are the dtypes of components that overflowed in a narrower one, `loras` go with the components
+    that they have layers of, `embeddings` are words of the prompts.
     """
 
     source: Source
     device: torch.device
     compiled: bool = False
     wider: Mapping[str, torch.dtype] = field(default_factory=dict)
+    loras: tuple[UsedLora, ...] = ()
+    embeddings: tuple[UsedEmbedding, ...] = ()
 
     def dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """What a component computes in where all others do in `dtype`."""
@@ -62,10 +70,13 @@ class Parts:
             load=lambda device: load(torch.device(device)),
             open=lambda: load(torch.device("meta")),
             blocks=blocks,
+            adapted=self._adapted(name, dtype),
         )
 
-    def network(self, name: str, dtype: torch.dtype, build: Callable[[], nn.Module]) -> Component:
-        """A network of our own, which `build` makes."""
+    def network(
+        self, name: str, dtype: torch.dtype, build: Callable[[], nn.Module], *, forwards: int = 1
+    ) -> Component:
+        """A network of our own, which `build` makes and which runs at least so many times a picture."""
 
         def load(device: torch.device) -> nn.Module:
             network = load_module(
@@ -80,7 +91,61 @@ class Parts:
                 compile_parts(network)
             return network
 
-        return self.component(name, dtype, load, layout_of(dtype))
+        made = self.component(name, dtype, load, layout_of(dtype))
+        if made.adapted is None:
+            return made
+        shapes = self._base(name, dtype)
+        merging = sum(math.prod(shapes[f"{path}.weight"]) for path in made.adapted.paths if shapes)
+        return replace(
+            made, adapted=replace(made.adapted, merging_bytes=merging * dtype.itemsize, forwards=forwards)
+        )
+
+    def fits(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether the LoRAs fit a component, which may come in several sizes."""
+        try:
+            self._adapted(name, dtype)
+        except CheckpointError:
+            return False
+        return True
+
+    def words(self, widths: Mapping[str, int]) -> Callable[[], dict[str, dict[str, Tensor]]]:
+        """What reads the embeddings: by encoder ("clip_l", "clip_g"), whose tokens have these widths, and by
+        name. Raises InvalidRequest for one that no encoder takes."""
+        for use in self.embeddings:
+            check_fits(use.name, use.look.sizes, widths)
+        return lambda: fitting({use.name: read_embedding(use.path) for use in self.embeddings}, widths)
+
+    @property
+    def words_key(self) -> Hashable:
+        return tuple((use.name, stamp(use.path)) for use in self.embeddings)
+
+    def _base(self, name: str, dtype: torch.dtype) -> Shapes:
+        """The shapes of a component's tensors; none, if it is not here yet."""
+        precision = dtype_name(dtype)
+        return self.source.shapes(name, precision) if self.source.present([name], precision) else {}
+
+    def _adapted(self, name: str, dtype: torch.dtype) -> Adapted | None:
+        """What the LoRAs add to a component. Raises CheckpointError for one that does not fit it."""
+        uses = [use for use in self.loras if use.weight(name)]
+        base = self._base(name, dtype) if uses else {}
+        full = {lite: full for full, lite in keys_of(self.source.family).LITE.items()}
+        found = [(use, use.lora.places(self.source.family, full.get(name, name), base)) for use in uses]
+        found = [(use, places) for use, places in found if places]
+        if not found:
+            return None
+
+        def terms() -> dict[str, Term]:
+            each = [use.lora.terms(places, use.weight(name)) for use, places in found]
+            paths = dict.fromkeys(path for terms in each for path in terms)
+            return {path: together(terms[path] for terms in each if path in terms) for path in paths}
+
+        return Adapted(
+            key=tuple((use.lora.stamp, use.weight(name)) for use, _ in found),
+            names=tuple(use.name for use, _ in found),
+            paths=frozenset(place.path for _, places in found for each in places.values() for place in each),
+            terms=terms,
+            bytes=sum(use.lora.numbers(places) for use, places in found) * dtype.itemsize,
+        )
 
     def _sizes(self, name: str, dtype: torch.dtype) -> dict[str, int]:
         """Bytes by tensor, as it runs; of a component that is not here yet, of a network of even parts."""

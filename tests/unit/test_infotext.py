@@ -315,7 +315,7 @@ def test_another_tools_text_is_told_apart() -> None:
     restored = understand(OTHER)
     assert restored.family == "sd15"
     assert restored.settings == restore(OTHER) | {"raw_prompt": False}  # what is not said is as ever
-    assert restored.unknown == ("Model hash", "VAE hash", "Hires upscale", "Lora hashes")
+    assert restored.unknown == ("Model hash", "VAE hash", "Hires upscale")
     assert restored.refused == ("Model",)  # a name alone does not say where the checkpoint is
 
 
