@@ -239,11 +239,12 @@ class Name(str):
     __slots__ = ()
 
 
-def names_in(prompt: str, known: Sequence[str], elsewhere: Mapping[str, Look] | None = None) -> list[str]:
+def names_in(prompt: str, known: Sequence[str], elsewhere: Mapping[str, Path] | None = None) -> list[str]:
     """Those of the known names that a prompt has, as they are known, in its order, each once.
 
     Raises InvalidRequest for `embedding:name` where none is called so; it lists near ones. `elsewhere` are
-    those for other families: by themselves they are text, and `embedding:name` says what they are for.
+    those for other families, and their files: by themselves they are text, and `embedding:name` says what
+    they are for.
     """
     found = pieces(prompt, known, elsewhere)
     return list(dict.fromkeys(str(piece) for piece in found if isinstance(piece, Name)))
@@ -255,7 +256,7 @@ def without_names(prompt: str, known: Sequence[str]) -> str:
 
 
 def pieces(
-    prompt: str, known: Sequence[str], elsewhere: Mapping[str, Look] | None = None
+    prompt: str, known: Sequence[str], elsewhere: Mapping[str, Path] | None = None
 ) -> list[str | Name]:
     """A prompt cut at the names in it, which are `Name`s. Raises what `names_in` does.
 
@@ -273,9 +274,8 @@ def pieces(
             raise _unknown(match["unknown"], known)
         if elsewhere and group and group.startswith("away"):
             name = away[int(group[4:])]
-            raise InvalidRequest(
-                f"the embedding {name!r} is for {_title(elsewhere[name].sizes)}, and not for this family"
-            )
+            title = _title(look(elsewhere[name]).sizes)
+            raise InvalidRequest(f"the embedding {name!r} is for {title}, and not for this family")
         if group is not None:  # else it is a weight, in which a name of digits would be found
             out += [prompt[at : match.start()], Name(here[int(group[4:])])]
             at = match.end()

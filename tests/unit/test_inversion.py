@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from backend import SD15Request, Settings, adapting
 from backend.errors import CheckpointError, InvalidRequest
 from backend.memory.placement import Streamer, tensors_of
 from backend.text import inversion
@@ -292,12 +293,15 @@ def test_a_name_that_nothing_has(prompt: str, said: str) -> None:
     assert str(caught.value).startswith(said)
 
 
-def test_a_name_that_is_for_another_family() -> None:
-    away = {
-        "anime": inversion.Look(name="anime", token="", sizes={"1024": (1, 1024)}),
-        "bad": inversion.Look(name="bad", token="", sizes={"clip_g": (2, 1280)}),
-        "my style xl": inversion.Look(name="xl", token="", sizes={"clip_l": (2, 768), "clip_g": (2, 1280)}),
+def test_a_name_that_is_for_another_family(tmp_path: Path) -> None:
+    content = {
+        "anime": {"emb_params": numbers(1, 1024)},
+        "bad": {"clip_g": numbers(2, 1280)},
+        "my style xl": {"clip_l": numbers(2, 768), "clip_g": numbers(2, 1280)},
     }
+    away = {name: tmp_path / f"{name}.safetensors" for name in content}
+    for name, path in away.items():
+        save_file(content[name], path)
     assert names_in("anime, embedding:bad", KNOWN, away) == ["bad"]  # a word, and one that is here too
     with pytest.raises(InvalidRequest, match=r"^the embedding 'anime' is for Stable Diffusion 2.x, and not"):
         names_in("bad, (embedding:Anime.pt:1.2)", KNOWN, away)
@@ -334,6 +338,30 @@ def test_names_are_runs_of_their_own(prompt: str, runs: list[tuple[str, float]])
 
 def test_without_names_to_look_for_a_prompt_is_text() -> None:
     assert parse("(embedding:bad:1.2)") == [("embedding:bad", 1.2)]
+
+
+def test_which_embeddings_a_request_asks_for(tmp_path: Path) -> None:
+    models, home = tmp_path / "models", tmp_path / "home"
+    for name, width in {"one": 768, "Two": 768, "a/three": 768, "b/Three": 768, "Large": 1280}.items():
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file({"emb_params": numbers(1, width)}, models / f"{name}.safetensors")
+    settings = Settings(home=home, models_dir=models)
+
+    def found(prompt: str, **fields: Any) -> list[tuple[str, str]]:
+        used = adapting.plain(SD15Request(prompt=prompt, **fields), settings)[1].embeddings
+        return [(each.name, each.path.relative_to(models).as_posix()) for each in used]
+
+    assert found("ONE, large", negative_prompt="two, one") == [
+        ("one", "one.safetensors"), ("two", "Two.safetensors"),
+    ]  # fmt: skip
+    assert found("one", raw_prompt=True) == []
+    assert found("b/three house") == [("b/three", "b/Three.safetensors")]
+    with pytest.raises(InvalidRequest, match=r"'three' is the name of two files \(a/three and b/Three\)"):
+        found("a three")
+    with pytest.raises(InvalidRequest, match=r"'large' is for Stable Cascade.*not for this family"):
+        found("embedding:Large")
+    with pytest.raises(InvalidRequest, match="no embedding is called 'ones'; near are 'one'"):
+        found("a sea", negative_prompt="embedding:ones")
 
 
 # ---- where long prompts are cut
