@@ -30,7 +30,7 @@ Layers = dict[str, dict[str, Pair]]  # component → path of the layer, in the h
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
     """The tensors of a component's folder."""
-    (path,) = [each for each in folder.glob("*.safetensors")]
+    (path,) = list(folder.glob("*.safetensors"))
     return load_file(path)
 
 
@@ -121,8 +121,8 @@ def trainers(
 
 
 def original_sd3(path: Path, layers: Layers) -> Path:
-    """As trainers of Stable Diffusion 3's own code write it: of one matrix for queries, keys and values, whose
-    pairs are those of the three in blocks of their own."""
+    """As trainers of Stable Diffusion 3's own code write it: queries, keys and values are of one matrix, whose
+    pair has those of the three in blocks."""
     parts = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
     places = {
         "attn.to_out.0": "x_block_attn_proj",
@@ -155,8 +155,8 @@ def original_sd3(path: Path, layers: Layers) -> Path:
 
 
 def original_cascade(path: Path, layers: Layers) -> Path:
-    """As the original Stable Cascade release writes it: the attentions' layers by number, of each the result's,
-    then that of queries, keys and values in one; the alpha is 1."""
+    """As the original Stable Cascade release writes it: the attentions' layers by number, of each that of the
+    result, then that of queries, keys and values in one; the alpha is 1."""
     blocks: dict[str, dict[str, Pair]] = {}
     for name, pair in layers["prior"].items():
         block, _, layer = name.partition(".attention.")

@@ -90,8 +90,8 @@ def adapter(name: str, family: str, settings: Settings, kind: str = LORA) -> Ada
         raise InvalidRequest(f"{name!r:.80} is the name of two files ({names}); write which, with its folder")
     if called:
         return _usable(called[0], family)
-    if not settings.public and (path := _file(name, settings)):
-        told = _told_of(path)
+    if path := _file(name, settings):
+        told = _look(path)
         if told is None or told.kind != kind:
             raise CheckpointError(f"{path.name} is no {TITLES[kind]}")
         return _usable(told, family)
@@ -121,11 +121,20 @@ def _usable(each: Adapter, family: str) -> Adapter:
 
 
 def _file(name: str, settings: Settings) -> Path | None:
+    """The file of a name that no sound adapter has: one that is damaged, or lies elsewhere."""
+    for path in _paths(settings):
+        if name in (path.stem, path.name):
+            return path
     with suppress(CheckpointError):  # what is no path is an unknown name
-        path = on_disk(name, settings.models_dir)
+        path = None if settings.public else on_disk(name, settings.models_dir)
         if path is not None and path.is_file() and path.suffix in WEIGHTS:
             return path
     return None
+
+
+def _paths(settings: Settings) -> list[Path]:
+    roots = [root for root in (settings.models_dir, BUNDLED) if root is not None]
+    return [path for root in roots for path in weight_files(root)]
 
 
 def _below(path: Path, settings: Settings) -> str:
@@ -139,8 +148,7 @@ def _below(path: Path, settings: Settings) -> str:
 
 def _all(settings: Settings) -> list[Adapter]:
     """One's own and those that come with the demos, by name; two of one name are called by their folders."""
-    roots = [root for root in (settings.models_dir, BUNDLED) if root is not None]
-    found = {path: told for root in roots for path in weight_files(root) if (told := _told_of(path))}
+    found = {path: told for path in _paths(settings) if (told := _told_of(path))}
     counts: dict[tuple[str, str], int] = {}
     for each in found.values():
         key = (each.kind, each.name.lower())
@@ -168,10 +176,15 @@ def _told_of(path: Path) -> Adapter | None:
 @lru_cache(maxsize=MOST)
 def _told(path: Path, size: int, changed_ns: int, beside: tuple[tuple[Path, int], ...]) -> Adapter | None:
     try:
-        notes = _notes(each for each, _ in beside)
-        return _lora(path, size, notes) or (_embedding(path, size) if size <= LARGEST_EMBEDDING else None)
+        return _look(path)
     except TriptychError:  # damaged, or a pickle that is more than weights: the list of models says so
         return None
+
+
+def _look(path: Path) -> Adapter | None:
+    """Raises CheckpointError for a file that is damaged or could run code."""
+    size, notes = path.stat().st_size, _notes(each for each in _sidecars(path) if each.is_file())
+    return _lora(path, size, notes) or (_embedding(path, size) if size <= LARGEST_EMBEDDING else None)
 
 
 def _embedding(path: Path, size: int) -> Adapter:
@@ -204,7 +217,7 @@ def _lora(path: Path, size: int, notes: Mapping[str, Any]) -> Adapter | None:
         except CheckpointError as error:
             problem = str(error)
     else:
-        names = [match["layer"] for text in pickles.look(path).texts if (match := ROLES.fullmatch(text))]
+        names = [match["layer"] for text in pickles.sound(path).texts if (match := ROLES.fullmatch(text))]
         if not names:
             return None
         family = family_of(names)

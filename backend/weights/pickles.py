@@ -63,12 +63,19 @@ def skeleton(path: Path) -> Any:
     """What such a file holds, nested as it is there: plain values, `Stored` for tensors, and for all other
     objects one that only has what theirs had. Raises CheckpointError as `look` does, and for a file that
     would call what no tensor is made of."""
-    if look(path).more_than_weights:
+    sound(path)
+    return _read(path, _built)
+
+
+def sound(path: Path) -> Pickle:
+    """As `look`, but raises CheckpointError for one that would call what no tensor is made of, too."""
+    found = look(path)
+    if found.more_than_weights:
         raise CheckpointError(
             f"{path} is a pickle that holds more than weights, so reading it could run somebody's code: "
             "it was not read. Take the .safetensors version of it"
         )
-    return _read(path, _built)
+    return found
 
 
 def _read(path: Path, parse: Callable[[io.BytesIO, int], T]) -> T:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from backend import SD3Request, SD15Request, Settings, StableCascadeRequest, Studio
 from backend.memory import plan
+from backend.weights.lora import Lora, save_lora
 from tests import loras
 from tests.checkpoints import cascade_folder, sd3_folder, sd15_folder
 from tests.loras import Layers, Pair
@@ -38,6 +38,8 @@ class Family:
     ends: tuple[Mapping[str, tuple[str, ...]], Mapping[str, tuple[str, ...]]]
     folders: Mapping[str, str]
     writers: Mapping[str, Callable[[Path, Layers], Path]]
+    original: Callable[[Path, Layers], Path] | None = None  # that has a layout of its own for some layers
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ours: Callable[[Studio, Path, Loras, int], np.ndarray]
     reference: Callable[[Path, Callable[[Any], None], int], np.ndarray]
 
@@ -66,7 +68,12 @@ def _sd3(studio: Studio, folder: Path, chosen: Loras, steps: int) -> np.ndarray:
 
 
 def _sd3_reference(folder: Path, adapt: Callable[[Any], None], steps: int) -> np.ndarray:
-    call = {"num_inference_steps": steps, "guidance_scale": 5.0, "width": SIDE, "height": SIDE}
+    call: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": 5.0,
+        "width": SIDE,
+        "height": SIDE,
+    }
     return test_sd3_pipeline.reference(
         folder, [7], adapt=adapt, prompt=PROMPT, negative_prompt=NEGATIVE, max_sequence_length=77, **call
     )
@@ -128,6 +135,11 @@ FAMILIES = {
             "hub": loras.hub,
             "trainers": lambda path, layers: loras.trainers(path, layers, SD3_PREFIXES),
         },
+        original=loras.original_sd3,
+        own={
+            "transformer": ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "attn.to_out.0",
+                            "to_add_out", "ff.net.0.proj", "ff_context.net.2", "norm1.linear"),
+        },
         ours=_sd3,
         reference=_sd3_reference,
     ),
@@ -144,6 +156,8 @@ FAMILIES = {
                 path, layers, {"prior": "lora_prior_unet_", "text_encoder": "lora_prior_te_"}
             ),
         },
+        original=loras.original_cascade,
+        own={"prior": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")},
         ours=_cascade,
         reference=_cascade_reference,
     ),
@@ -189,21 +203,27 @@ class Base:
     family: Family
     folder: Path
     adapters: tuple[Layers, Layers]
-    files: Mapping[str, tuple[Path, Path]]
+    files: Mapping[str, tuple[Path, ...]]
 
-    def expected(self, weights: tuple[float, float], steps: int) -> np.ndarray:
+    def expected(self, chosen: list[tuple[Layers, float]], steps: int) -> np.ndarray:
         def adapt(pipe: Any) -> None:
             for component in self.family.folders:
-                network = getattr(pipe, component)
-                chosen = {
+                own = {
                     f"adapter_{n}": (layers[component], weight)
-                    for n, (layers, weight) in enumerate(zip(self.adapters, weights, strict=True))
+                    for n, (layers, weight) in enumerate(chosen)
                     if weight and component in layers
                 }
-                if chosen:
-                    with_peft(network, chosen)
+                if own:
+                    with_peft(getattr(pipe, component), own)
 
         return self.family.reference(self.folder, adapt, steps)
+
+    def pairs(self, ends: Mapping[str, tuple[str, ...]], seed: int) -> Layers:
+        folders = self.family.folders
+        return {
+            component: loras.pairs(loras.weights_of(self.folder / folders[component]), own, seed=seed)
+            for component, own in ends.items()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +236,13 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     family = FAMILIES[request.param]
     root = tmp_path_factory.mktemp(request.param)
     folder = family.build(root / "base")
-    adapters = []
-    for seed, ends in enumerate(family.ends):
-        weights = {component: loras.weights_of(folder / family.folders[component]) for component in ends}
-        adapters.append({c: loras.pairs(weights[c], ends[c], seed=seed) for c in ends})
+    bare = Base(family, folder, ({}, {}), {})
+    first, second = (bare.pairs(ends, seed) for seed, ends in enumerate(family.ends))
     files = {
-        name: tuple(write(root / f"{name}-{n}.safetensors", each) for n, each in enumerate(adapters))
+        name: (write(root / f"{name}-0.safetensors", first), write(root / f"{name}-1.safetensors", second))
         for name, write in family.writers.items()
     }
-    return Base(family, folder, (adapters[0], adapters[1]), files)
+    return Base(family, folder, (first, second), files)
 
 
 def agree(one: np.ndarray, other: np.ndarray) -> None:
@@ -239,7 +257,7 @@ def test_every_layout_paints_as_the_reference_with_peft(
 ) -> None:
     merged, beside = plan.MERGED_FROM, plan.MERGED_FROM - 1
     for steps in (beside, *([merged] if weights == WEIGHTS[-1] else [])):
-        expected = base.expected(weights, steps)
+        expected = base.expected(list(zip(base.adapters, weights, strict=True)), steps)
         plain = base.family.ours(studio, base.folder, (), steps)
         assert np.abs(plain - expected).max() > 5, "adapters that change nothing prove nothing"
         for files in base.files.values():
@@ -247,3 +265,29 @@ def test_every_layout_paints_as_the_reference_with_peft(
             agree(base.family.ours(studio, base.folder, chosen, steps), expected)
         again = base.family.ours(studio, base.folder, (), steps)
         assert (again == plain).all()
+
+
+def test_the_original_releases_layouts(base: Base, studio: Studio, tmp_path: Path) -> None:
+    if base.family.original is None:  # Stable Diffusion 1.5 has none
+        return
+    pairs = base.pairs(base.family.own, 3)
+    file = base.family.original(tmp_path / "original.safetensors", pairs)
+    expected = base.expected([(pairs, 0.6)], 3)
+    agree(base.family.ours(studio, base.folder, ((str(file), 0.6),), 3), expected)
+
+
+def test_the_reference_reads_what_is_saved(tmp_path: Path, studio: Studio) -> None:
+    folder = sd15_folder(tmp_path / "base")
+    weights = loras.weights_of(folder / "unet")
+    file = loras.hub(tmp_path / "hub.safetensors", {"unet": loras.pairs(weights, ATTENTION)})
+    lora = Lora(file)
+    base = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    terms = {"unet": lora.terms(lora.places("sd15", "unet", base), 1.0)}
+    own = tmp_path / "own.safetensors"
+    save_lora(own, terms, family="sd15", base="tiny", alpha=3.0, dtype="float32")
+
+    def adapt(pipe: Any) -> None:
+        pipe.load_lora_weights(own, adapter_name="own")
+        pipe.set_adapters(["own"], [0.7])
+
+    agree(_sd15(studio, folder, ((str(own), 0.7),), 3), _sd15_reference(folder, adapt, 3))

@@ -57,7 +57,7 @@ def test_weights_are_numbers(weights: tuple[Any, ...]) -> None:
     with pytest.raises(InvalidRequest, match="for the weight of 'ink'; it can be a number from -10 to 10"):
         read(("ink", *weights))
     with pytest.raises(InvalidRequest, match="for the weight of 'ink'"):
-        SD15Request(loras=(("ink", *weights),))  # pyright: ignore[reportArgumentType]
+        SD15Request(loras=(("ink", *weights),))
 
 
 def test_a_request_keeps_them_as_numbers() -> None:
