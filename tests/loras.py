@@ -121,7 +121,7 @@ def trainers(
 
 
 def original_sd3(path: Path, layers: Layers) -> Path:
-    """As trainers of Stable Diffusion 3's own code write it: queries, keys and values are of one matrix, whose
+    """As trainers of Stable Diffusion 3's own code write it: queries, keys and values are one matrix, whose
     pair has those of the three in blocks."""
     parts = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
     places = {
