@@ -15,6 +15,7 @@ import gradio as gr
 from backend import public
 from backend.requests import LEAST_TOKENS, MOST_IMAGES, MOST_TOKENS, SD3Request, SD15Request
 from backend.sampling.catalog import FLOW_SAMPLER_INFO, SAMPLER_INFO, SamplerInfo
+from backend.text import tags
 from ui import prices
 from ui.i18n import ENGLISH, Tongue, label
 
@@ -53,7 +54,7 @@ class Controls:
     def filled(self, settings: dict[str, Any]) -> list[Any]:
         """Values for `inputs` that ask for the same pictures again; what settings do not tell stays."""
         same: Callable[[Any], Any] = lambda value: value  # noqa: E731
-        settings = settings | _sizes_shown(settings)
+        settings = settings | _sizes_shown(settings) | _tagged(settings)
         return [
             SHOWN.get(field, same)(settings[field]) if field in settings else gr.skip()
             for field in self.by_field
@@ -110,6 +111,14 @@ def _sizes_shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     if "stages" not in settings:
         return {}
     return {field: settings[field] or settings["stages"] for field in ("stage_c", "stage_b")}
+
+
+def _tagged(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The LoRAs of a request's own field as tags in the prompt, where the page has them; not in a raw one,
+    in which they would be words."""
+    if not settings.get("loras") or settings.get("raw_prompt"):
+        return {}
+    return {"prompt": tags.with_tags(settings.get("prompt", ""), settings["loras"])}
 
 
 def _seed(text: str | None) -> Any:

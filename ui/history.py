@@ -129,7 +129,7 @@ class Shelf:
         if settings.get("images"):
             gr.Info(t("Its image prompts were not kept: add them again."))
             settings = settings | {"images": []}
-        return self.restore(page, entry.family, settings)
+        return self._restored(page, entry.family, settings)
 
     def read(self, page: gr.Request, path: Any) -> list[Any]:
         """Open the tab that a PNG file belongs to, with its settings."""
@@ -148,7 +148,13 @@ class Shelf:
             del settings["checkpoint"]
             refused.append("Model")
         gr.Info(escape(in_words(restored, refused, t)), duration=15)
-        return [None, *self.restore(page, restored.family, settings | {"num_images": 1})]
+        return [None, *self._restored(page, restored.family, settings | {"num_images": 1})]
+
+    def _restored(self, page: gr.Request, family: str, settings: dict[str, Any]) -> list[Any]:
+        t = i18n.of(page)
+        if settings.get("loras") and settings.get("raw_prompt"):  # other programs can ask for both
+            gr.Info(t("Its LoRAs are left out: name them in the prompt, and switch off Raw prompt."))
+        return self.restore(page, family, settings)
 
     def _blank(self) -> list[Any]:
         return [gr.skip()] * self.width
@@ -321,7 +327,8 @@ def _details(entry: Entry, t: Tongue) -> str:
     if _is_ours(entry):
         facts[t("Model")] = escape(catalog.FAMILIES[entry.family].title)
     words = _words(t)
-    facts |= {words.get(key, key): escape(value) for key, value in info.fields.items() if key != "Version"}
+    hidden = ("Version", infotext.HASHES)
+    facts |= {words.get(key, key): escape(value) for key, value in info.fields.items() if key not in hidden}
     rows = "".join(f"<dt>{escape(key)}</dt><dd>{value}</dd>" for key, value in facts.items())
     return f'<p class="prompt" dir="auto">{prompt}</p>{without}<dl>{rows}</dl>'
 

@@ -15,7 +15,8 @@ from backend.errors import TriptychError
 from backend.requests import Request, SD3Request, SD15Request, StableCascadeRequest
 from backend.studio import CheckpointInfo
 from backend.weights import local
-from ui import checkpoints, controls, forms, handlers, i18n, prices, render
+from ui import adapters, checkpoints, controls, forms, handlers, i18n, prices, render
+from ui.adapters import AdapterFold
 from ui.controls import CUSTOM, Controls
 from ui.grid import GridFold, fold
 from ui.handlers import Desk, Easel, Update
@@ -65,6 +66,7 @@ ONCE = "(kept) => window.triptychReady?.has(%s) ? null : kept"
 PLANNED_BY = frozenset(
     (
         *("checkpoint", "config_from", "width", "height", "num_images", "dtype", "prefer"),
+        *("prompt", "raw_prompt"),  # as far as it names LoRAs
         *("guidance_scale", "prior_guidance_scale", "decoder_guidance_scale", "skip_layer_guidance_scale"),
         *("t5", "max_sequence_length"),
         *("stage_c", "stage_b", "images"),
@@ -123,6 +125,7 @@ def _tab(
             fields |= size | sampling(info.defaults, strangers=strangers)
             random, reuse, seeds = controls.seed_and_count(strangers=strangers)
             fields |= seeds
+            small = adapters.fold(jobs.studio.settings, family.family)
             with gr.Accordion(label("Advanced"), open=False):
                 names = local.choices(jobs.studio.settings, family.family)
                 fields["checkpoint"] = controls.checkpoint(names, strangers=strangers)
@@ -130,7 +133,7 @@ def _tab(
             grid = fold(jobs.studio, family)
         kept = gr.BrowserState({}, storage_key=f"triptych-{family.family}", secret="triptych")
     desk = Desk(jobs, family, easel)
-    sheet = Sheet(desk, Controls(fields), shape, about, grid, kept, opened, tuple(info.defaults))
+    sheet = Sheet(desk, Controls(fields), shape, about, small, grid, kept, opened, tuple(info.defaults))
     sheet.connect(Buttons(generate, stop, random, reuse, again))
     return sheet
 
@@ -217,6 +220,7 @@ class Sheet:
     controls: Controls
     shape: gr.Radio
     about: About
+    adapters: AdapterFold
     grid: GridFold
     kept: gr.BrowserState
     opened: gr.Tab
@@ -241,6 +245,7 @@ class Sheet:
 
     def connect(self, buttons: Buttons) -> None:
         self._connect_painting(buttons)
+        self.adapters.connect(self.controls)
         self._connect_grid()
         self._connect_reuse(buttons)
         self._connect_shape()
@@ -309,8 +314,9 @@ class Sheet:
     def _plan(
         self, of: Callable[..., Callable[..., Any]], by: Collection[str], output: Any
     ) -> tuple[Callable[..., Any], list[Any], Any]:
-        """Tells in `output` what `of` makes of the studio and of a request."""
-        chosen = Controls({name: each for name, each in self.controls.by_field.items() if name in by})
+        """Tells in `output` what `of` makes of the studio and of a request; of the prompt it has the tags."""
+        known = {**self.controls.by_field, "prompt": self.adapters.named}
+        chosen = Controls({name: each for name, each in known.items() if name in by})
 
         def request(values: Sequence[Any]) -> Request:
             return forms.build_shown(self.family, chosen.fields(values), public=self.jobs.public)
