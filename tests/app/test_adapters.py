@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.app.pages import NARROW, WIDE, generate, no_sideways_scroll, opened, prompt, slider
 from tests.app.support import DEMO, Server, serving
+from tests.app.test_looks import violations
 from tests.loras import pairs, trainers, weights_of
 
 PAPER = "Paper & cut-out (v2) [x]"
@@ -158,5 +159,6 @@ def test_it_fits_a_telephone_in_arabic(browser: Browser, server: Server, models:
         expect(fold.locator(".used .row")).to_have_count(2)
         assert fold.locator(".used").evaluate("each => getComputedStyle(each).direction") == "rtl"
         assert no_sideways_scroll(page)
+        assert violations(page) == []
         assert str(models) not in page.content()
         fold.scroll_into_view_if_needed()
