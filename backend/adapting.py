@@ -13,7 +13,7 @@ from backend.requests import Request
 from backend.settings import Settings
 from backend.text import inversion, tags
 from backend.text.inversion import UsedEmbedding
-from backend.weights.adapters import EMBEDDING, LORA, Adapter, adapter, adapters
+from backend.weights.adapters import EMBEDDING, Adapter, adapter, adapters
 from backend.weights.lora import Lora, UsedLora
 
 R = TypeVar("R", bound=Request)
@@ -57,7 +57,7 @@ def _hash(path: Path, stamp: str) -> str:
 def _loras(named: tuple[tags.Named, ...], family: str, settings: Settings) -> tuple[UsedLora, ...]:
     found: dict[Path, UsedLora] = {}
     for each in named:
-        told = adapter(each.name, family, settings, LORA)
+        told = adapter(each.name, family, settings)
         if told.path in found:
             raise InvalidRequest(
                 f"the LoRA {told.name!r} is named twice, with the weights {found[told.path].network:g} and "

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import app, cascade, changes, machine, memory, sd3
+from benchmarks import adapters, app, cascade, changes, machine, memory, sd3
 from benchmarks.side import FEW_PIXELS, Job, forwards
 
 HERE = Path(__file__).parent
@@ -77,6 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for job in memory.jobs(folders, device, smoke=options.smoke):
             made = run(job)
             runs.append({**made, "side": f"memory, {job.side} {job.cap:g} GiB {job.offload}"})
+    if "adapters" in options.parts:
+        folder = checkpoint(options)
+        machine.warm(folder)
+        for number, dtype in itertools.product(range(options.rounds), ("float32", half)):
+            for side in ("ours", "reference")[:: 1 if number % 2 == 0 else -1]:
+                lora = adapters.Job(
+                    side=side, checkpoint=str(folder), device=device, dtype=dtype, size=options.size
+                )
+                runs.append({**run(lora), "side": f"lora, {side}"})
     if "demo" in options.parts:
         job = Job(side="demo", checkpoint="demo", device=device, dtype="auto", size=0, steps=0)
         runs += [run(job) for _ in range(options.rounds)]
@@ -145,7 +154,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", default="float32", help="precision of the checkpoint's files")
     parser.add_argument(
         "--parts",
-        default="picture,load,changes,cascade,redecode,sd3,t5,memory,demo,app",
+        default="picture,load,changes,cascade,redecode,sd3,t5,memory,adapters,demo,app",
         help="which of these to measure",
     )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="where the checkpoint is made")
@@ -171,7 +180,7 @@ def checkpoint(options: argparse.Namespace, family: str = "sd15", weights: str |
     return folder
 
 
-def run(job: Job | cascade.Job | sd3.Job | memory.Job, **facts: str) -> Run:
+def run(job: Job | cascade.Job | sd3.Job | memory.Job | adapters.Job, **facts: str) -> Run:
     command = [sys.executable, "-m", type(job).__module__, json.dumps(asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, check=False)
     if done.returncode:

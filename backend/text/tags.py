@@ -49,7 +49,7 @@ def read(value: object) -> Named:
     if not (2 <= len(given) <= 3 and isinstance(given[0], str) and given[0].strip()):
         raise InvalidRequest(
             f"loras holds {value!r:.80}; it can hold pairs of a name or file and a weight, or a name, the "
-            "network's weight and the text encoders'"
+            "network's weight and the text encoders' one"
         )
     name, network, text = given[0].strip(), given[1], given[-1]
     return Named(name, _weight("loras", name, network), _weight("loras", name, text))
@@ -60,7 +60,7 @@ def _named(match: re.Match[str]) -> Named:
     if match["kind"].lower() == "hypernet":
         raise InvalidRequest(f"prompt holds {tag!r:.80}; hypernetworks cannot be used, LoRAs can be")
     if not name.strip():
-        raise InvalidRequest(f"prompt holds {tag!r:.80}, which names nothing; it can be <lora:name:0.8>")
+        raise InvalidRequest(f"prompt holds {tag!r:.80}, which names nothing; a name comes after the colon")
     plain = [value for value in values if "=" not in value]
     told = dict(value.split("=", 1) for value in values if "=" in value)
     text = told.get("te", plain[0] if plain else "1")
@@ -69,14 +69,14 @@ def _named(match: re.Match[str]) -> Named:
     return Named(name, _weight("prompt", name, network), _weight("prompt", name, text))
 
 
-def _weight(field: str, name: str, value: object) -> float:
+def _weight(told_by: str, name: str, value: object) -> float:
     number = math.nan
     with suppress(ValueError, OverflowError):
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             number = float(value)
     if not abs(number) <= MOST_WEIGHT:
         raise InvalidRequest(
-            f"{field} has {value!r:.80} for the weight of {name[:80]!r}; it can be a number from "
+            f"{told_by} has {value!r:.80} for the weight of {name[:80]!r}; it can be a number from "
             f"{-MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
         )
     return number

@@ -25,7 +25,6 @@ from backend.weights.lora import ROLES, Elsewhere, Lora, family_of, other_kind
 from backend.weights.source import DEMO, on_disk
 
 LORA, EMBEDDING = "lora", "embedding"
-TITLES = {LORA: "LoRA", EMBEDDING: "embedding"}
 BUNDLED = DEMO / "adapters"
 NEAR = 4  # names that an error lists
 MOST_WORDS = 12
@@ -75,13 +74,13 @@ def adapters(settings: Settings, family: str | None = None, kind: str | None = N
     return found
 
 
-def adapter(name: str, family: str, settings: Settings, kind: str = LORA) -> Adapter:
-    """The one that a prompt or a request calls so: by its name, or, but on a public server, by its file.
+def adapter(name: str, family: str, settings: Settings) -> Adapter:
+    """The LoRA that a prompt or a request calls so: by its name, or, but on a public server, by its file.
 
     Raises InvalidRequest for one that is not there, naming those near it, or of which there are two;
     CheckpointError for one that is damaged, or for another family.
     """
-    there = [each for each in _all(settings) if each.kind == kind]
+    there = [each for each in _all(settings) if each.kind == LORA]
     called = [each for each in there if _called(each, name)]
     if len(called) > 1:  # of one name, for several families
         called = [each for each in called if family in each.families] or called
@@ -92,15 +91,16 @@ def adapter(name: str, family: str, settings: Settings, kind: str = LORA) -> Ada
         return _usable(called[0], family)
     if path := _file(name, settings):
         told = _look(path)
-        if told is None or told.kind != kind:
-            raise CheckpointError(f"{path.name} is no {TITLES[kind]}")
+        if told is None or told.kind != LORA:
+            raise CheckpointError(f"{path.name} is no LoRA")
         return _usable(told, family)
     own = [each.name for each in there if family in each.families and not each.problem]
     near = difflib.get_close_matches(name.lower(), {each.lower(): each for each in own}, NEAR, 0.5)
     by_case = {each.lower(): each for each in own}
     shown = [by_case[each] for each in near] or sorted(own)[:NEAR]
-    allowed = f"it can be {', '.join(shown)}" if shown else "none is here for this family"
-    raise InvalidRequest(f"there is no {TITLES[kind]} called {name!r:.80}; {allowed}")
+    if not shown:
+        raise InvalidRequest(f"there is no LoRA called {name!r:.80}; none is here for this family")
+    raise InvalidRequest(f"there is no LoRA called {name!r:.80}; it can be {', '.join(shown)}")
 
 
 def _called(each: Adapter, name: str) -> bool:
@@ -114,9 +114,7 @@ def _usable(each: Adapter, family: str) -> Adapter:
         raise CheckpointError(each.problem)
     if family not in each.families:
         own = " and ".join(FAMILIES[name].title for name in each.families)
-        raise CheckpointError(
-            f"{each.name} is for {own or 'another kind of network'}, and {FAMILIES[family].title} paints here"
-        )
+        raise CheckpointError(f"{each.name} is a LoRA for {own}, and {FAMILIES[family].title} paints here")
     return each
 
 

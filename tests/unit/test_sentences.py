@@ -253,10 +253,11 @@ HEARD = [  # where what visitors meet is raised
     *("weights/source.py", "weights/local.py", "weights/files.py", "weights/folder.py", "weights/remote.py"),
     *("weights/single.py", "weights/joined.py", "weights/load.py", "weights/kinds.py", "sd3/pipeline.py"),
     *("cascade/pipeline.py", "sd15/pipeline.py", "weights/flax.py"),
-    "text/inversion.py",
+    *("text/inversion.py", "text/tags.py", "adapting.py", "weights/adapters.py", "weights/lora.py"),
 ]
 FILLED = {  # what stands for some of what is filled in; for all else a word that nobody knows
     **dict.fromkeys(("name", "known.name", "stage"), "steps"),
+    "told_by": "prompt",
     **dict.fromkeys(("component", "NETWORKS[stage]"), "unet"),
     **dict.fromkeys(("_what_else(start)", "f'; it says: {said}' if said else ''"), ""),
     "WORDS": "prompt_words",
@@ -315,6 +316,10 @@ SAID = [
     NOT_IN_FLOAT16,
     "Stage B overflowed in float16: it is repeated in bfloat16.",
     "T5 reads 77 tokens, and the prompt has 120: the rest was cut.",
+    "The UNet has a LoRA merged into 50 MiB of its weights.",
+    "The transformer has 3 LoRAs merged into 1.5 GiB of its weights.",
+    "T5 has a LoRA beside its weights: 5 MiB.",
+    "The UNet has 2 LoRAs beside its weights: 5 MiB.",
     "demo has no lite Stage C: the full one runs.",
     (
         "Painting ran out of memory and is repeated with a leaner plan. T5 runs with 8 bits a weight: "
