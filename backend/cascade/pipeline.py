@@ -222,7 +222,7 @@ def pipeline(
         components=components,
         phases=_phases(job, parts, stage_a_config, components, dtypes, dtype),
         settings=job.settings(),
-        decisions=(*unfulfilled(request, job, source), *notices),
+        decisions=(*unfulfilled(request, job, source), *unread(parts), *notices),
         notices=notices,
     )
 
@@ -261,6 +261,13 @@ def unfulfilled(request: StableCascadeRequest, job: Job, source: Source) -> Iter
         wish = request.wish(stage)
         if wish not in ("auto", job.stages[stage]):
             yield f"{source.name} has no {wish} {title}: the {job.stages[stage]} one runs."
+
+
+def unread(parts: Parts) -> Iterable[str]:
+    """In words, what LoRAs hold that is not used."""
+    for use in parts.loras:
+        if use.lora.tokens:
+            yield f"{use.name} was trained with words of its own, {use.lora.tokens}, which are left out."
 
 
 def _phases(

@@ -167,6 +167,12 @@ class Lora:
         """The different ranks of its layers, in order."""
         return tuple(sorted({self.shapes[layer.down][0] for layer in self.layers.values()}))
 
+    @property
+    def tokens(self) -> int:
+        """How many words of the text encoder the original Stable Cascade release trained with it. They are
+        left out: of new ones the file does not say what they are called, nor what it adds to."""
+        return self.shapes[RETOKENED[1]][0] if RETOKENED[1] in self.shapes else 0
+
     def places(self, family: str, component: str, base: Shapes) -> dict[str, list[Place]]:
         """Which of its layers are for a component, by its tensors' names and shapes, and where they belong.
 

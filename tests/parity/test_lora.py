@@ -274,6 +274,7 @@ def test_the_original_releases_layouts(base: Base, studio: Studio, tmp_path: Pat
     file = base.family.original(tmp_path / "original.safetensors", pairs)
     expected = base.expected([(pairs, 0.6)], 3)
     agree(base.family.ours(studio, base.folder, ((str(file), 0.6),), 3), expected)
+    assert Lora(file).tokens == (2 if base.family.original is loras.original_cascade else 0)
 
 
 def test_the_reference_reads_what_is_saved(tmp_path: Path, studio: Studio) -> None:
