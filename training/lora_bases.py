@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ EFFNET_SHARE = 0.75  # of a picture's side is what the encoder of Stage C's late
 Words = tuple[Tensor, ...]  # what a network is told of captions, T rows each
 
 
+class Noised(NamedTuple):
+    """Latents in noise (B, C, h, w), how much there is of it (B,), as the network is told, what it is to find
+    in them (B, C, h, w), and how much an error counts."""
+
+    latents: Tensor
+    level: Tensor
+    wanted: Tensor
+    weight: Tensor | float = 1.0
+    with_t5: Tensor | None = None  # (B,) whether it is told what T5 reads
+
+
 class Reader(NamedTuple):
     """A text encoder and its tokenizer."""
 
@@ -61,7 +72,7 @@ class Base(ABC):
     encoder_names: tuple[str, ...]
     others: tuple[str, ...]  # the parts that it is taught with besides
     optional: tuple[str, ...] = ()
-    attention: re.Pattern[str]  # the network's layers that a LoRA learns terms for
+    layers: ClassVar[Mapping[str, re.Pattern[str]]]  # the network's that a LoRA may learn terms for
     side_step: int  # the sides of pictures are multiples of it
     text_prefix = ""  # of the text encoders' layers in a LoRA file
 
@@ -105,9 +116,12 @@ class Base(ABC):
         """What the network is told of captions by the text encoders."""
 
     @abstractmethod
-    def error(self, network: Any, clean: Tensor, words: Words, generator: torch.Generator) -> Tensor:
-        """Squared error (B, C, h, w) of what the network finds in latents at noise levels from the generator,
-        of which there are some of every strength."""
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
+        """Latents (B, C, h, w) in noise of every strength."""
+
+    @abstractmethod
+    def find(self, network: Any, given: Noised, words: Words) -> Tensor:
+        """What the network finds (B, C, h, w), float32."""
 
     def also(self, captions: Sequence[str]) -> Words:
         """What else the network is told, by encoders that are never trained."""
@@ -133,7 +147,10 @@ class SD15(Base):
 
     network_name = saved_as = "unet"
     encoder_names, others, side_step, text_prefix = ("text_encoder",), ("vae",), 64, "text_model."
-    attention = re.compile(r".*\.attn[12]\.to_(q|k|v|out\.0)")
+    layers: ClassVar = {
+        "attention": re.compile(r".*\.attn[12]\.to_(q|k|v|out\.0)"),
+        "all": re.compile(r"(down_blocks|mid_block|up_blocks)\..*(?<!time_emb_proj)"),
+    }
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(source, device, dtype)
@@ -165,7 +182,7 @@ class SD15(Base):
         ids = tokenise(tokenizer, encoder, captions, raw=True).ids
         return (encoder(input_ids=ids).last_hidden_state,)
 
-    def error(self, network: UNet, clean: Tensor, words: Words, generator: torch.Generator) -> Tensor:
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
         timesteps = (spread(len(clean), generator) * len(self.signal)).long()
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         share = each_of(self.signal[timesteps], clean)
@@ -174,9 +191,11 @@ class SD15(Base):
             "epsilon": noise,
             "v_prediction": share.sqrt() * noise - (1 - share).sqrt() * clean,
             "sample": clean,
-        }[self.schedule.prediction_type]
-        found = network(noisy.to(self.dtype), timesteps.to(self.device), words[0])
-        return (found.float() - wanted).square()
+        }
+        return Noised(noisy, timesteps.to(self.device), wanted[self.schedule.prediction_type])
+
+    def find(self, network: UNet, given: Noised, words: Words) -> Tensor:
+        return network(given.latents.to(self.dtype), given.level, words[0]).float()
 
 
 class SD3(Base):
@@ -184,7 +203,10 @@ class SD3(Base):
 
     network_name = saved_as = "transformer"
     encoder_names, others, optional = tuple(CLIPS), ("vae",), (T5,)
-    attention = re.compile(r".*\.attn2?\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)")
+    layers: ClassVar = {
+        "attention": re.compile(r".*\.attn2?\.(to_(q|k|v|out\.0)|add_[qkv]_proj|to_add_out)"),
+        "all": re.compile(r"transformer_blocks\.\d+\.(attn|ff).*"),
+    }
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(source, device, dtype)
@@ -229,20 +251,23 @@ class SD3(Base):
         rows = [encode_t5(encoder, tokenizer, [caption], tokens, raw=True) for caption in captions]
         return (torch.cat(rows),)
 
-    def error(self, network: MMDiT, clean: Tensor, words: Words, generator: torch.Generator) -> Tensor:
-        clip, pooled, t5 = words
-        with_t5 = (torch.rand(len(clean), generator=generator) >= T5_LEFT_OUT).view(-1, 1, 1).to(t5)
-        context = joined(clip, t5 * with_t5, self.config.joint_attention_dim, t5.shape[1])
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
         patches = clean.shape[-2] * clean.shape[-1] // self.config.patch_size**2
-        # logit-normal (arXiv:2403.03206), and shifted as the sampler shifts them
+        # logit-normal (arXiv:2403.03206), then shifted as the sampler shifts them
         normal = torch.special.ndtri(spread(len(clean), generator).clamp(1e-4, 1 - 1e-4))
-        sigmas = shifted(normal.sigmoid().numpy(), self.schedule.shift_for(patches))
-        sigma = each_of(torch.from_numpy(sigmas), clean)
+        sigmas = torch.from_numpy(shifted(normal.sigmoid().numpy(), self.schedule.shift_for(patches)))
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        noisy, timesteps = (1 - sigma) * clean + sigma * noise, sigma.flatten()
-        levels = self.schedule.num_train_timesteps
-        velocity = network(noisy.to(self.dtype), levels * timesteps, context, pooled)
-        return (velocity.float() - (noise - clean)).square()
+        noisy = torch.lerp(clean, noise, each_of(sigmas, clean))
+        with_t5 = torch.rand(len(clean), generator=generator) >= T5_LEFT_OUT
+        levels = (self.schedule.num_train_timesteps * sigmas).to(self.device)
+        return Noised(noisy, levels, noise - clean, with_t5=with_t5)
+
+    def find(self, network: MMDiT, given: Noised, words: Words) -> Tensor:
+        clip, pooled, t5 = words
+        if given.with_t5 is not None:
+            t5 = t5 * given.with_t5.to(t5).view(-1, 1, 1)
+        context = joined(clip, t5, self.config.joint_attention_dim, t5.shape[1])
+        return network(given.latents.to(self.dtype), given.level, context, pooled).float()
 
 
 class StableCascade(Base):
@@ -250,7 +275,10 @@ class StableCascade(Base):
 
     network_name = saved_as = "prior"
     encoder_names, others, side_step = ("text_encoder",), ("effnet_encoder",), 64
-    attention = re.compile(r".*\.attention\.to_(q|k|v|out\.0)")
+    layers: ClassVar = {
+        "attention": re.compile(r".*\.attention\.to_(q|k|v|out\.0)"),
+        "all": re.compile(r"(down|up)_blocks\..*\.(attention|kv_mapper|channelwise)\..*"),
+    }
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         if source.has("prior_lite") and not source.has("prior"):
@@ -286,16 +314,18 @@ class StableCascade(Base):
         out = encoder(input_ids=tokens.ids, attention_mask=tokens.mask, output_hidden_states=True)
         return out.text_embeds, out.hidden_states[-1]
 
-    def error(self, network: CascadeUNet, clean: Tensor, words: Words, generator: torch.Generator) -> Tensor:
+    def noised(self, clean: Tensor, generator: torch.Generator) -> Noised:
         ratios = spread(len(clean), generator)
         signal = each_of(self.schedule.alpha_bars(ratios), clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        images = words[0].new_zeros(len(clean), 1, self.config.clip_image_in_channels or 1)
+        return Noised(noisy, ratios.to(self.device), noise, error_weight(signal))
+
+    def find(self, network: CascadeUNet, given: Noised, words: Words) -> Tensor:
         pooled, text = words
+        images = pooled.new_zeros(len(pooled), 1, self.config.clip_image_in_channels or 1)
         conditioning = network.condition(pooled, text, images)
-        found = network(noisy.to(self.dtype), ratios.to(self.device), conditioning)
-        return (found.float() - noise).square() * error_weight(signal)
+        return network(given.latents.to(self.dtype), given.level, conditioning).float()
 
 
 BASES: dict[str, type[Base]] = {"sd15": SD15, "sd3": SD3, "stable_cascade": StableCascade}
@@ -312,10 +342,11 @@ def each_of(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).view(-1, 1, 1, 1)
 
 
-def layers_of(network: nn.Module, pattern: re.Pattern[str]) -> dict[str, nn.Linear]:
-    """The linear layers whose whole path the pattern matches."""
+def layers_of(network: nn.Module, pattern: re.Pattern[str]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers whose whole path the pattern matches, but for convolutions of each channel apart."""
     return {
         path: layer
         for path, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and pattern.fullmatch(path)
+        if (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
+        and pattern.fullmatch(path)
     }

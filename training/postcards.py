@@ -5,7 +5,7 @@ scene says what, the generator says exactly where), `caption` puts it into words
 orders and with attributes left out. About 8% of the (subject, colour, land, time) combinations are held out
 of training; prompts about them measure whether a model combines what it learned or recites it.
 
-A ninth subject, the robot, is apart: the demos never saw it, so that an adapter can teach it. `python -m
+A ninth subject, the mushroom, is apart: the demos never saw it, so that an adapter can teach it. `python -m
 training.postcards FOLDER` writes pictures of it, each with its caption beside it, as `training.train_lora`
 takes them.
 
@@ -39,7 +39,7 @@ Box = tuple[float, float, float, float]
 TIMES = ("dawn", "noon", "sunset", "night")
 LANDS = ("snowy mountains", "green hills", "sand dunes", "calm sea")
 SUBJECTS = ("house", "pine tree", "sailboat", "lighthouse", "hot-air balloon", "tent", "windmill", "castle")
-NINTH = "robot"  # drawn only where it is asked for, and no word of the vocabulary: the tokenizers spell it
+NINTH = "mushroom"  # drawn only where it is asked for, and no word of the vocabulary: the tokenizers spell it
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white")
 PLACES = ("left", "centre", "right")
 SKIES = ("sun", "moon", "empty sky")
@@ -138,7 +138,7 @@ SAYINGS: dict[str, tuple[str, ...]] = {
     "clear": ("clear sky", "no clouds", "cloudless"),
     "stars": ("stars", "starry sky"),
 }
-NINTH_SAYINGS = {NINTH: ("robot",)}
+NINTH_SAYINGS = {NINTH: (NINTH,)}
 LAND_PREPOSITIONS = {
     "snowy mountains": ("in", "by", "below", "in front of"),
     "green hills": ("on", "in", "among", "in front of"),
@@ -445,24 +445,10 @@ def draw_windmill(brush: Brush, coat: Coat) -> None:
     brush.ellipse(0, -36, 2.6, 2.6, coat.slate)
 
 
-def draw_robot(brush: Brush, coat: Coat) -> None:
-    brush.line([(0, -46), (0, -55)], coat.slate, 1.8)
-    brush.ellipse(0, -55.5, 2.8, 2.8, LAMP)
-    for x in (-7.5, 7.5):
-        brush.rectangle(x - 3.5, -10, x + 3.5, -2, coat.slate)
-        brush.rectangle(x - 5, -3, x + 5, 0, coat.slate)
-    for side, colour in ((-1, coat.paint), (1, coat.shade)):
-        brush.rectangle(side * 14, -31, side * 20.5, -15, colour)
-        brush.ellipse(side * 17.25, -12.5, 4, 4, coat.slate)
-    brush.rectangle(-13, -32, 13, -9, coat.paint)
-    brush.rectangle(6, -32, 13, -9, coat.shade)
-    brush.rectangle(-8, -27, 8, -16, coat.band)
-    brush.rectangle(-3, -35, 3, -31, coat.slate)
-    brush.rectangle(-12, -48, 12, -34, coat.paint)
-    for x in (-5.5, 5.5):
-        brush.ellipse(x, -42, 3.6, 3.6, coat.slate)
-        brush.ellipse(x, -42, 1.8, 1.8, LAMP)
-    brush.rectangle(-6, -37.5, 6, -36, coat.slate)
+def draw_mushroom(brush: Brush, coat: Coat) -> None:
+    brush.polygon([(-8, 0), (-6, -26), (6, -26), (8, 0)], coat.pale)
+    turns = [math.pi * step / 24 for step in range(25)]
+    brush.polygon([(26 * math.cos(turn), -22 - 30 * math.sin(turn)) for turn in turns], coat.paint)
 
 
 def draw_castle(brush: Brush, coat: Coat) -> None:
@@ -496,7 +482,7 @@ SPRITES = {
     "tent": Sprite(draw=draw_tent, half_width=26, height=46),
     "windmill": Sprite(draw=draw_windmill, half_width=24, height=60),
     "castle": Sprite(draw=draw_castle, half_width=27, height=53),
-    NINTH: Sprite(draw=draw_robot, half_width=22, height=59),
+    NINTH: Sprite(draw=draw_mushroom, half_width=26, height=52),
 }
 PLACE_X = {"left": 31, "centre": 64, "right": 97}
 
@@ -723,9 +709,9 @@ def render(scene: Scene, rng: random.Random) -> tuple[Image.Image, Box]:
     return picture.reduce(OVERSAMPLE), box
 
 
-def write_folder(folder: Path, *, count: int = 40, seed: int = 9, subject: str = NINTH) -> None:
-    """`count` pictures of the subject, `00.png` and so on, none of a held-out combination, with their
-    captions in `00.txt` and so on."""
+def write_folder(folder: Path, *, count: int = 40, seed: int = 9, subject: str | None = NINTH) -> None:
+    """`count` pictures of the subject, or of the eight, `00.png` and so on, none of a held-out combination,
+    with their captions in `00.txt` and so on."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -739,6 +725,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes pictures of the ninth subject, with captions.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=40, help="how many (default: 40)")
+    parser.add_argument("--known", action="store_true", help="of the eight subjects instead")
     parser.add_argument("--seed", type=int, default=9, help="of what they show (default: 9)")
     arguments = parser.parse_args()
-    write_folder(arguments.folder, count=arguments.count, seed=arguments.seed)
+    subject = None if arguments.known else NINTH
+    write_folder(arguments.folder, count=arguments.count, seed=arguments.seed, subject=subject)

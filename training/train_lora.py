@@ -3,8 +3,11 @@
 `python -m training.train_lora FOLDER --base CHECKPOINT --family sd15 --name NAME` writes NAME.safetensors,
 which goes into the models folder. The base is whatever the studio takes for a checkpoint; `demo` is the
 built-in one. What was interrupted resumes where it was last saved, if it is called alike and the pictures are
-the same. Learnt are low-rank terms on the attention layers of the network, with `--text` also on those of the
-CLIP text encoders.
+the same. Learnt are low-rank terms on the attention layers of the network, with `--layers all` on all linear
+and convolutional layers of its blocks, with `--text` also on the attentions of the CLIP text encoders.
+
+What a LoRA is taught spills over to what it was not. `--keep FOLDER`, captioned pictures of what shall stay
+as it is, holds it: of those the network is to find with the terms what it finds without.
 
 Source: Hu et al., LoRA (arXiv:2106.09685).
 """
@@ -32,29 +35,35 @@ from backend.image_prompts import ImagePrompt
 from backend.nn.lowrank import Term, attached
 from backend.settings import Settings
 from backend.weights.lora import save_lora
-from backend.weights.source import Source, resolve
+from backend.weights.parts import dtype_name
+from backend.weights.source import resolve
 from training.data import CACHE
 from training.loop import Losses, Recipe, fit, log
-from training.lora_bases import BASES, TEXT_ATTENTION, Base, Reader, Words, layers_of
+from training.lora_bases import BASES, TEXT_ATTENTION, Base, Noised, Reader, Words, layers_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAVE_EVERY = 100  # steps
-CAPTION_DROPOUT = 0.1  # of the captions are empty: what guidance leads away from
+CAPTION_DROPOUT = (
+    0.1  # of the captions are empty: what guidance leads away from, which is kept, if anything is
+)
+LAYERS = ("attention", "all")
 NAME = re.compile(r"[\w.+ -]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What to teach and how. `alpha` over `rank` scales the terms; `side` is that of the pictures in pixels,
-    None the base's own."""
+    """What to teach and how. `keep` is a folder of what shall stay as it is; `alpha` over `rank` scales the
+    terms; `side` is that of the pictures in pixels, None the base's own."""
 
     folder: Path
     base: str
     family: str
     name: str
     config_from: str | None = None
+    keep: Path | None = None
     rank: int = 8
     alpha: float | None = None
+    layers: str = "attention"
     text: bool = False
     steps: int = 1000
     batch: int = 4
@@ -71,6 +80,8 @@ class Lesson:
             raise InvalidRequest(
                 f"name is {self.name!r}; it can be letters, digits, spaces and any of _ . + -, as a file's"
             )
+        if self.layers not in LAYERS:
+            raise InvalidRequest(f"layers is {self.layers!r}; it can be {' or '.join(LAYERS)}")
         limits = {
             "rank": (1, 256),
             "steps": (1, 1_000_000),
@@ -133,20 +144,20 @@ def pixels_of(file: Path, side: int) -> Tensor:
 
 
 class Terms(nn.Module):
-    """What is learnt for each component's layers: `down` (R, K), random at first, and `up` (N, R), nil at
-    first, so that nothing is changed."""
+    """What is learnt for each component's layers: `down` (R, K), or (R, K, k, k), random at first, and `up`
+    (N, R), nil at first, so that nothing is changed."""
 
-    def __init__(self, layers: Mapping[str, Mapping[str, nn.Linear]], lesson: Lesson) -> None:
+    def __init__(self, layers: Mapping[str, Mapping[str, nn.Linear | nn.Conv2d]], lesson: Lesson) -> None:
         super().__init__()
         self.scale = lesson.scale
         self.paths = [(component, path) for component, found in layers.items() for path in found]
-        each = [layer for found in layers.values() for layer in found.values()]
+        weights = [layer.weight for found in layers.values() for layer in found.values()]
         generator = torch.Generator().manual_seed(lesson.seed)
         self.downs = nn.ParameterList(
-            torch.randn(lesson.rank, layer.in_features, generator=generator) / layer.in_features**0.5
-            for layer in each
+            torch.randn((lesson.rank, *weight.shape[1:]), generator=generator) / weight[0].numel() ** 0.5
+            for weight in weights
         )
-        self.ups = nn.ParameterList(torch.zeros(layer.out_features, lesson.rank) for layer in each)
+        self.ups = nn.ParameterList(torch.zeros(len(weight), lesson.rank) for weight in weights)
 
     def of(self, component: str) -> dict[str, Term]:
         """By the paths of a component's layers, as they take part in the computation."""
@@ -157,44 +168,72 @@ class Terms(nn.Module):
         }
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Pictures as a step takes them: latents (N, C, h, w), and which of all captions is that of each."""
+
+    latents: Tensor
+    said: Tensor
+
+
 class Lecture:
     """A base with all that a lesson's steps need, and the terms that they change."""
 
-    def __init__(self, lesson: Lesson, base: Base, found: Sequence[Example]) -> None:
+    def __init__(self, lesson: Lesson, base: Base, found: Sequence[Example], kept: Sequence[Example]) -> None:
         self.lesson, self.base = lesson, base
         side = lesson.side or base.side
         if side % base.side_step:
             raise InvalidRequest(f"side is {side}; with this base it can be any multiple of {base.side_step}")
-        self.captions = sorted({"", *(example.caption for example in found)})  # "" is the first
-        self.caption_of = torch.tensor([self.captions.index(example.caption) for example in found])
-        self.latents = base.latents([pixels_of(example.file, side) for example in found])
+        self.captions = sorted({"", *(example.caption for example in (*found, *kept))})  # "" is the first
+        self.taught, self.kept = self._shown(found, side), self._shown(kept, side) if kept else None
         self.also = base.also(self.captions)
         self.readers: dict[str, Reader] = {name: base.reader(name) for name in base.encoder_names}
-        self.read: Words | None = None
+        with torch.no_grad():
+            self.read = base.words(self.readers, self.captions)  # untaught
         if not lesson.text:
-            with torch.no_grad():
-                self.read = base.words(self.readers, self.captions)
             self.readers = {}  # they are not needed any more
         self.network = base.network()
-        layers = {base.network_name: layers_of(self.network, base.attention)}
+        layers = {base.network_name: layers_of(self.network, base.layers[lesson.layers])}
         for name, reader in self.readers.items():
             layers[name] = layers_of(reader.model, TEXT_ATTENTION)
         self.terms = Terms(layers, lesson).to(base.device)
 
+    def _shown(self, part: Sequence[Example], side: int) -> Shown:
+        said = torch.tensor([self.captions.index(example.caption) for example in part])
+        return Shown(self.base.latents([pixels_of(example.file, side) for example in part]), said)
+
     def losses_at(self, _: int, generator: torch.Generator) -> Losses:
-        base, batch = self.base, self.lesson.batch
-        indices = torch.randint(len(self.latents), (batch,), generator=generator)
-        said = (torch.rand(batch, generator=generator) >= CAPTION_DROPOUT) * self.caption_of[indices]
+        """The error in what is taught, and the change in what is kept."""
+        base = self.base
+        parts = {"taught": self._drawn(self.taught, generator, 0.0 if self.kept else CAPTION_DROPOUT)}
+        if self.kept:
+            said, given = self._drawn(self.kept, generator, CAPTION_DROPOUT)
+            with torch.no_grad():
+                found = base.find(self.network, given, self._words(said, {}))
+            parts["kept"] = (said, given._replace(wanted=found))
+        losses: Losses = {}
         with ExitStack() as stack:
             for name, module in self.components().items():
                 stack.enter_context(attached(module, self.terms.of(name), base.device, base.dtype))
-            if self.read is None:
-                words = base.words(self.readers, [self.captions[index] for index in said.tolist()])
-            else:
-                words = tuple(each[said.to(each.device)] for each in self.read)
-            words = (*words, *(each[said.to(each.device)] for each in self.also))
-            error = base.error(self.network, self.latents[indices.to(self.latents.device)], words, generator)
-        return {"loss": error.mean()}
+            for name, (said, given) in parts.items():
+                found = base.find(self.network, given, self._words(said, self.readers))
+                losses[name] = ((found - given.wanted).square() * given.weight).mean()
+        return {"loss": torch.stack([*losses.values()]).sum(), **losses}
+
+    def _drawn(self, shown: Shown, generator: torch.Generator, dropout: float) -> tuple[Tensor, Noised]:
+        """Which captions some of the pictures have, now and then none, and their latents in noise."""
+        batch = self.lesson.batch
+        indices = torch.randint(len(shown.said), (batch,), generator=generator)
+        said = shown.said[indices] * (torch.rand(batch, generator=generator) >= dropout)
+        return said, self.base.noised(shown.latents[indices.to(shown.latents.device)], generator)
+
+    def _words(self, said: Tensor, readers: Mapping[str, Reader]) -> Words:
+        """What the network is told, by these readers, or without any as it was before they were taught."""
+        if readers:
+            read = self.base.words(readers, [self.captions[index] for index in said.tolist()])
+        else:
+            read = tuple(each[said.to(each.device)] for each in self.read)
+        return (*read, *(each[said.to(each.device)] for each in self.also))
 
     def components(self) -> dict[str, nn.Module]:
         """What terms are learnt for."""
@@ -232,13 +271,15 @@ def train(lesson: Lesson, to: Path, settings: Settings, device: torch.device) ->
     base that cannot be had.
     """
     found = examples(lesson.folder)
+    kept = examples(lesson.keep) if lesson.keep else []
     if lesson.trigger and not any(lesson.trigger in example.caption for example in found):
         raise InvalidRequest(
             f"trigger is {lesson.trigger!r}; it can be words of the captions, and none has it"
         )
     source = resolve(lesson.base, lesson.family, settings, lesson.config_from)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    lecture = Lecture(lesson, BASES[lesson.family](source, device, dtype), found)
+    base = BASES[lesson.family](source, device, dtype)
+    lecture = Lecture(lesson, base, found, kept)
     terms, file = lecture.terms, to / f"{lesson.name}.safetensors"
     numbers = sum(parameter.numel() for parameter in terms.parameters())
     log(f"{len(found)} pictures; terms for {len(terms.paths)} layers, {numbers:,} numbers")
@@ -249,19 +290,18 @@ def train(lesson: Lesson, to: Path, settings: Settings, device: torch.device) ->
         seed=lesson.seed,
         save_every=SAVE_EVERY,
     )
-    checkpoint = CACHE / f"lora-{lesson.name}-{digest(lesson, found, source)}.pt"
+    made_of = source.fingerprint(base.network_name, dtype_name(dtype))
+    checkpoint = CACHE / f"lora-{lesson.name}-{digest(lesson, [*found, *kept], made_of)}.pt"
     fit(terms, lecture.losses_at, recipe, checkpoint, on_save=lambda *_: lecture.write(file))
     lecture.write(file)  # if all its steps were done before, nothing was saved
     log(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
     return file
 
 
-def digest(lesson: Lesson, found: Sequence[Example], source: Source) -> str:
+def digest(lesson: Lesson, found: Sequence[Example], base: str) -> str:
     """Of all that makes a training what it is: another one begins anew."""
-    told = asdict(lesson) | {"folder": None, "trigger": None, "licence": None}
-    network = BASES[lesson.family].network_name
-    base = source.fingerprint(network, "float32") if source.has(network) else source.name
-    hashed = hashlib.sha256(repr((sorted(told.items()), base)).encode())
+    told = asdict(lesson) | dict.fromkeys(("folder", "keep", "trigger", "licence"))
+    hashed = hashlib.sha256(repr(sorted({**told, "base": base}.items())).encode())
     for example in found:
         hashed.update(example.caption.encode() + example.file.read_bytes())
     return hashed.hexdigest()[:12]
@@ -281,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--to", type=Path, default=Path(), help="the folder that it is written to (default: this one)")
     add("--trigger", default="", help="the words of the captions that call it")
     add("--licence", default="", help="under which it is given away")
+    add("--keep", type=Path, help="a folder of captioned pictures of what shall stay as it is")
+    add("--layers", choices=LAYERS, default="attention", help="of the network (default: %(default)s)")
     add("--text", action="store_true", help="teach the CLIP text encoders, too")
     for name, kind, about in (
         ("rank", int, "of the terms"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from training import lora_bases, train_lora
 from training.judge import DEMO
 from training.lora_bases import BASES, spread
 from training.postcards import NINTH, write_folder
-from training.train_lora import Lecture, Lesson, examples, main, train
+from training.train_lora import LAYERS, Lecture, Lesson, digest, examples, main, train
 
 CPU = torch.device("cpu")
 TINY = (BackboneStage(fused=True, expansion=1, stride=16, channels=8, layers=1),)
@@ -46,18 +47,23 @@ def lesson(folder: Path, family: str = "sd15", **changes: object) -> Lesson:
 
 def lecture(lesson: Lesson, base: str | None = None) -> Lecture:
     source = resolve(base or lesson.base, lesson.family, Settings(offline=True))
-    return Lecture(lesson, BASES[lesson.family](source, CPU, torch.float32), examples(lesson.folder))
+    kept = examples(lesson.keep) if lesson.keep else []
+    return Lecture(lesson, BASES[lesson.family](source, CPU, torch.float32), examples(lesson.folder), kept)
 
 
 # ---- learning
 
 
-@pytest.mark.parametrize(("family", "text"), [("sd15", False), ("sd15", True), ("sd3", True)])
+@pytest.mark.parametrize(
+    ("family", "text", "layers"),
+    [("sd15", False, "all"), ("sd15", True, "attention"), ("sd3", True, "all")],
+)
 def test_a_few_steps_make_the_loss_smaller(
-    family: str, text: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, text: bool, layers: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for captions and noise that were not those of the steps."""
-    taught = lecture(lesson(folder, family, text=text))
+    wanted = lesson(folder, family, text=text, layers=layers, steps=6)
+    taught = lecture(wanted)
 
     def loss() -> float:
         with torch.no_grad():
@@ -66,7 +72,7 @@ def test_a_few_steps_make_the_loss_smaller(
 
     untaught = loss()
     monkeypatch.setattr(train_lora, "Lecture", lambda *_: taught)
-    file = train(lesson(folder, family, text=text, steps=6), tmp_path, Settings(offline=True), CPU)
+    file = train(wanted, tmp_path, Settings(offline=True), CPU)
     assert loss() < untaught
     saved = Lora(file)
     assert saved.family == family
@@ -120,10 +126,12 @@ def test_an_interrupted_training_goes_on_and_ends_alike(
     first, second = load_file(once), load_file(twice)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    (folder / "00.txt").write_text("a robot, as nobody has seen one")
-    steps.clear()
-    run(lesson(folder), tmp_path / "twice")
-    assert steps == [0, 1, 2, 3]  # another folder is another training
+    same = [
+        digest(each, examples(folder), "demo") for each in (lesson(folder), lesson(folder, licence="mine"))
+    ]
+    (folder / "00.txt").write_text("a mushroom, as nobody has seen one")
+    others = [digest(each, examples(folder), "demo") for each in (lesson(folder), lesson(folder, rank=3))]
+    assert len({*same, *others}) == 3  # other pictures, or another rank, are another training
 
 
 def test_stage_c_is_taught_by_the_latents_that_its_encoder_makes(
@@ -141,7 +149,7 @@ def test_stage_c_is_taught_by_the_latents_that_its_encoder_makes(
     torch.manual_seed(0)
     save_file(EffnetEncoder(TINY).state_dict(), encoder / "diffusion_pytorch_model.safetensors")
     taught = lecture(lesson(folder, "stable_cascade", side=128, batch=16), str(base))
-    assert taught.latents.shape == (3, 16, 3, 3)
+    assert taught.taught.latents.shape == (3, 16, 3, 3)
     first = taught.losses_at(0, torch.Generator().manual_seed(0))["loss"]
     first.backward()
     with torch.no_grad():
@@ -153,18 +161,33 @@ def test_stage_c_is_taught_by_the_latents_that_its_encoder_makes(
     assert Lora(tmp_path / "little.safetensors").family == "stable_cascade"
 
 
+def test_what_is_kept_is_held_to_what_it_was(folder: Path, tmp_path: Path) -> None:
+    """Untaught, nothing of it differs; then its loss is the change, and the taught pictures' is not in it."""
+    write_folder(tmp_path / "known", count=2, subject=None)
+    taught = lecture(lesson(folder, keep=tmp_path / "known", layers="all", text=True))
+    losses = taught.losses_at(0, torch.Generator().manual_seed(0))
+    assert losses["kept"] == 0
+    assert losses["taught"] > 0
+    with torch.no_grad():
+        for up in taught.terms.ups:
+            up.normal_(std=0.1)
+    losses = taught.losses_at(0, torch.Generator().manual_seed(0))
+    assert losses["kept"] > 0
+    assert torch.equal(losses["loss"], losses["kept"] + losses["taught"])
+
+
 @pytest.mark.parametrize("family", BASES)
-def test_terms_are_for_every_attention_of_the_network(family: str) -> None:
-    source = resolve("demo", family, Settings(offline=True))
-    base = BASES[family].__new__(BASES[family])
-    shapes = source.shapes(base.network_name, "float32")
-    layers = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
-    found = {layer for layer in layers if base.attention.fullmatch(layer)}
+def test_terms_are_for_every_attention_of_the_network_or_for_all_its_blocks(family: str) -> None:
+    base = BASES[family]
+    shapes = resolve("demo", family, Settings(offline=True)).shapes(base.network_name, "float32")
+    layers = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) > 1}
+    found, every = ({layer for layer in layers if base.layers[kind].fullmatch(layer)} for kind in LAYERS)
     blocks = {layer.rpartition(".to_q")[0] for layer in layers if ".to_q" in layer}
     assert blocks
-    for block in blocks:
-        assert {f"{block}.to_{each}" for each in ("q", "k", "v", "out.0")} <= found
-    assert not [layer for layer in found if ".ff" in layer or "norm" in layer]
+    assert {f"{block}.to_{each}" for block in blocks for each in ("q", "k", "v", "out.0")} <= found
+    assert found < every
+    assert all(re.search(r"\.(attn\d?|attention)\.", layer) for layer in found)
+    assert not [layer for layer in every if "time" in layer or "norm" in layer]
 
 
 # ---- what cannot be served
@@ -199,6 +222,7 @@ def test_bad_folders_are_refused_in_words(
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it can be any number above 0"),
         ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"layers": "some"}, "layers is 'some'; it can be attention or all"),
         ({"side": 20}, "side is 20; it can be 64 to 2048"),
         ({"side": 100}, "side is 100; with this base it can be any multiple of 64"),
         ({"name": "../up"}, "name is '../up'"),
