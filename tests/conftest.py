@@ -7,16 +7,18 @@ import sys
 
 import pytest
 
-KNOWN = pytest.StashKey[int]()  # how many modules there were
+SETTLED = pytest.StashKey[tuple[object, int]]()  # a file of tests, and of how many modules it could make use
 MANY = 100
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What is imported stays for good: whoever looks for what can be freed need not look at it again.
+    """What is imported, and what other files of tests have left, stays for good: it is not looked at again by
+    whoever looks for what can be freed, as the studio does whenever something leaves the device.
 
-    The studio looks whenever something leaves the device, which took half of the time of some tests.
+    With all that these tests import, looking took half of the time of some.
     """
-    if len(sys.modules) > item.config.stash.get(KNOWN, 0) + MANY:
+    now = (item.path, len(sys.modules) // MANY)
+    if item.config.stash.get(SETTLED, None) != now:
         gc.collect()
         gc.freeze()
-        item.config.stash[KNOWN] = len(sys.modules)
+        item.config.stash[SETTLED] = now

@@ -16,11 +16,16 @@ from backend import SD3Request, Settings, Studio
 from backend.nn import compiled
 from tests.checkpoints import sd3_folder
 
-SIZES = ((64, 64), (128, 96))
+SIZES = ((80, 64), (64, 80))
+# So few channels that torch convolves them in one way at each of the decoder's levels.
+VAE = {"block_out_channels": (4,) * 4, "norm_num_groups": 2}
 
 
-def test_pictures_stay_the_same_across_sizes(tmp_path: Path) -> None:
-    folder = sd3_folder(tmp_path / "tiny", vae={"block_out_channels": (32,) * 4}, qk_norm="rms_norm")
+def test_pictures_stay_the_same_across_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sd3_folder(tmp_path / "tiny", vae=VAE, qk_norm="rms_norm")
+    # neither ten programs that try what the processor can do, nor processes that compile beside this one
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
 
     def pictures(on: bool) -> list[np.ndarray]:
         studio = Studio(Settings(device="cpu", dtype="float32", compile=on, home=tmp_path / "home"))
@@ -42,8 +47,8 @@ def test_pictures_stay_the_same_across_sizes(tmp_path: Path) -> None:
     for one, other in zip(plain, pictures(on=True), strict=True):
         assert np.abs(one - other).max() <= 1
     graphs = counters["stats"]["unique_graphs"]
-    # the blocks, the last block, the decoder's of each width; and what depends on a size after all
-    assert 4 <= graphs <= 12, counters["stats"]
+    # the blocks, the last block, the decoder's; and what depends on a size after all
+    assert 3 <= graphs <= 6, counters["stats"]
     assert not counters["unimplemented"], counters["unimplemented"]
 
 
