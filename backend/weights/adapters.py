@@ -136,11 +136,12 @@ def _paths(settings: Settings) -> list[Path]:
 
 
 def _below(path: Path, settings: Settings) -> str:
-    """A file's place below the models' folder, without the end of its name."""
+    """A file's place below the models' folder, without the end of its name; one in it is "./name"."""
     short = path.with_suffix("")
     for root in (settings.models_dir, BUNDLED):
         if root is not None and short.is_relative_to(root):
-            return short.relative_to(root).as_posix()
+            below = short.relative_to(root).as_posix()
+            return below if "/" in below else f"./{below}"
     return short.name
 
 

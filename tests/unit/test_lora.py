@@ -171,9 +171,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_two_of_one_name_are_called_by_their_folders(folder: Path) -> None:
     settings = Settings(models_dir=folder)
-    with pytest.raises(InvalidRequest, match=r"name of two files \(deep/ink and ink\)"):
+    with pytest.raises(InvalidRequest, match=r"name of two files \(\./ink and deep/ink\)"):
         adapter("ink", "sd15", settings)
     assert adapter("deep/ink", "sd15", settings).path == folder / "deep/ink.safetensors"
+    assert adapter("./ink", "sd15", settings).path == folder / "ink.safetensors"
     assert adapter("INKWASH.safetensors", "sd15", settings).name == "inkwash"
 
 
