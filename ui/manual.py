@@ -46,8 +46,8 @@ def _meanings(family: type[Request]) -> dict[str, str]:
         "height": f"Pixels, 64 to 2048 in multiples of {multiple}. {OWN}",
         "dtype": f"The precision to compute in: {_or(DTYPES)}.",
         "prefer": f"What to give up where memory is short: {_or(PREFERENCES)}.",
-        "loras": "LoRAs that the server has: pairs of a name and a weight, -10 to 10. A prompt can name them, "
-        "too: <lora:name:0.8>.",
+        "loras": "LoRAs that the server has: pairs of a name and a weight, -10 to 10. A prompt can name "
+        "them, too: <lora:name:0.8>.",
         "raw_prompt": "Take the prompt as it is, without weights in brackets, cut to what the encoder reads.",
         "clip_skip": "How many of the text encoder's last layers to leave out, 0 to 11.",
         "config_from": "A folder or repository that completes a checkpoint of a single file.",

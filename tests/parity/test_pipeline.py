@@ -78,7 +78,7 @@ def assert_same(a: np.ndarray, b: np.ndarray) -> None:
 @pytest.mark.parametrize("sampler", REFERENCE)
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_every_sampler(studio: Studio, folders: dict[str, Path], checkpoint: str, sampler: str) -> None:
-    call = {
+    call: dict[str, Any] = {
         "prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": 6, "guidance_scale": 5.0,
         "width": 96, "height": 64,
     }  # fmt: skip

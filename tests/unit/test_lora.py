@@ -182,7 +182,9 @@ def test_an_unknown_name_lists_near_ones(folder: Path) -> None:
     settings = Settings(models_dir=folder)
     with pytest.raises(InvalidRequest, match="no LoRA called 'inkwahs'; it can be inkwash"):
         adapter("inkwahs", "sd15", settings)
-    with pytest.raises(CheckpointError, match="for-sd3 is a LoRA for Stable Diffusion 3, and Stable Diffusion 1.5"):
+    with pytest.raises(
+        CheckpointError, match="for-sd3 is a LoRA for Stable Diffusion 3, and Stable Diffusion 1.5"
+    ):
         adapter("for-sd3", "sd15", settings)
     strangers = replace(settings, public=True)
     with pytest.raises(InvalidRequest, match="no LoRA called"):

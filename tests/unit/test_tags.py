@@ -33,7 +33,7 @@ def test_tags_are_taken_out(prompt: str, plain: str, named: tuple[Named, ...]) -
 @pytest.mark.parametrize(
     ("prompt", "told"),
     [
-        ("a house <lora:style:1e9>", "prompt has '1e9' for the weight of 'style'; it can be a number from -10"),
+        ("a house <lora:style:1e9>", "prompt has '1e9' for the weight of 'style'; it can be a number"),
         ("a house <lora:style:nan>", "'nan' for the weight of 'style'"),
         ("a house <lora:style:>", "'' for the weight of 'style'"),
         ("a house <lora::1>", "'<lora::1>', which names nothing; a name comes after the colon"),
