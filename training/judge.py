@@ -8,7 +8,6 @@ how many the judge finds right, and a sample sheet, to `assets/demo/README.md`.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -31,7 +30,8 @@ from training.loop import Losses, Recipe, fit, log
 from training.postcards import (
     ATTRIBUTES,
     COLOURS,
-    HELD_OUT_PERCENT,
+    JUDGED,
+    NINTH,
     SIZE,
     SUBJECTS,
     TIMES,
@@ -41,18 +41,12 @@ from training.postcards import (
 )
 
 WEIGHTS = DEMO / "judge.safetensors"
-RECIPE = Recipe(steps=1800, learning_rate=2e-3, weight_decay=0.05, average=0.99, save_every=300)
+RECIPE = Recipe(steps=900, learning_rate=2e-3, weight_decay=0.05, average=0.99, save_every=100)
 FAMILIES = {"sd15": "Stable Diffusion 1.5", "sd3": "Stable Diffusion 3", "stable_cascade": "Stable Cascade"}
 TRIALS: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {"right": {}},
     "sd3": {"right": {"t5": "full"}, "off": {"t5": "off"}},
     "stable_cascade": {"right": {"stages": "full"}, "lite": {"stages": "lite"}},
-}
-ROWS = {
-    "right": "{}",
-    "off": "{}, without T5",
-    "lite": "{}, lite Stage C",
-    "variations": "{}, variations",
 }
 VARIATIONS = 200
 PROMPTS = 400
@@ -75,55 +69,11 @@ SAMPLES = [
     "a red house at night",
     "a purple hot-air balloon, full moon",
 ]
-README = """\
-# The demo checkpoints: Postcards
-
-Small models in the true architecture of each family, trained from scratch on flat-design landscapes that
-`training/postcards.py` draws. They know the words of its captions and nothing else: four times of day, four
-lands, eight subjects, seven colours, three places, sun, moon, clouds and stars. The list is in the file
-`triptych.json` beside each model.
-
-## How well they do
-
-{prompts} prompts that name all six attributes, about combinations of subject, colour, land and time that
-training never saw ({held_out}% are held out), one picture each at the default settings, judged by a small
-network (`judge.safetensors`) that is itself right about all six on more than 99% of held-out renders.
-
-{table}
-
-Variations are of {variations} held-out renders, without a word: what the judge should find is what the render
-shows. The Stable Cascade demo has no lite Stage B; the lite row is of its lite Stage C and its one Stage B.
-
-`python -m training.judge score FAMILY` repeats this, FAMILY one of {families}; `python -m
-training.train_sd15`, `training.train_sd3` and `training.train_cascade` train.
-
-The Stable Diffusion 1.5 weights come of a training that was mended on the way: the loss of the autoencoder,
-the weighting of the UNet and the captions reached their present form while it ran. The recipe in the code has
-not been run from scratch in one go. What is still soft: mountain ridges, pine trees and subjects at night,
-where the autoencoder (about 30 dB on training pictures) loses edges; longer training should sharpen them.
-
-The Stable Diffusion 3 weights were trained in an hour and a quarter on two busy cores. Their three text
-encoders learned to read apart and were then left as they were; the network was trained without T5 in 40% of
-the cases, so that it paints nearly as well without. This recipe, too, was mended on the way: the numbers of
-steps changed while they ran, so that the learning rate fell to nothing, rose a little and fell once more; the
-decoder's training ended 250 steps early, and it was polished before the network's own training ended. The
-default settings were chosen on some of the prompts above and on others, among which none was clearly better.
-What is still soft: the sun and the moon are not quite round, walls at night are murky, green balloons at
-night take on other colours, and at dawn the sun can look like the moon.
-
-The Stable Cascade weights were trained in an hour and a half on two busy cores. Their recipe has not been run
-in one go either: the numbers of steps changed on the way, and the statistics of the encoder that makes Stage
-C's latents stood still from half of its training on, which scaling the latents made up for; the text model
-learned to read before padding was hidden from it. The default settings were chosen on some of the prompts
-above, though none was better than another at naming all six. Stage C's nine vectors say what is where, and
-Stage B makes up the rest: mountain ridges and the edges of clouds stay soft, more so in variations.
-
-{sheets}"""
-COUNTS = [len(values) for values in ATTRIBUTES.values()]
+COUNTS = [len(values) for values in JUDGED.values()]
 
 
 class Judge(nn.Module):
-    """Pixels (B, 3, 128, 128) in [-1, 1] → one row of scores per attribute, concatenated (B, 29)."""
+    """Pixels (B, 3, 128, 128) in [-1, 1] → one row of scores per attribute, concatenated (B, 30)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,35 +124,42 @@ def look(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
         pixels = np.array(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
         scores = judge(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)
         best = [int(part.argmax()) for part in scores[0].split(COUNTS)]
-        named = {name: values[index] for index, (name, values) in zip(best, ATTRIBUTES.items(), strict=True)}
+        named = {name: values[index] for index, (name, values) in zip(best, JUDGED.items(), strict=True)}
         verdicts.append(Verdict(**named))
     return verdicts
 
 
 def train() -> None:
-    shown = postcards(16_000, seed=1)
-    labels = shown.labels()
+    kinds = [  # pictures, and how many of a batch are of them: a ninth of it, the ninth subject
+        (each, each.labels(), count)
+        for each, count in ((postcards(16_000, seed=1), 57), (postcards(2_000, seed=1, subject=NINTH), 7))
+    ]
+    torch.manual_seed(RECIPE.seed)
     judge = Judge()
 
     def losses_at(_: int, generator: torch.Generator) -> Losses:
-        indices = torch.randint(len(shown), (64,), generator=generator)
-        scores = judge(roughen(shown.batch(indices), generator)).split(COUNTS, 1)
+        drawn = [torch.randint(len(shown), (count,), generator=generator) for shown, _, count in kinds]
+        pixels = torch.cat([kind[0].batch(indices) for kind, indices in zip(kinds, drawn, strict=True)])
+        labels = torch.cat([kind[1][indices] for kind, indices in zip(kinds, drawn, strict=True)])
+        scores = judge(roughen(pixels, generator)).split(COUNTS, 1)
         wrong = [
-            functional.cross_entropy(part, labels[indices, index], label_smoothing=0.02)
+            functional.cross_entropy(part, labels[:, index], label_smoothing=0.02)
             for index, part in enumerate(scores)
         ]
         return {"loss": torch.stack(wrong).sum()}
 
     fit(judge, losses_at, RECIPE, CACHE / "judge.pt")
-    unseen = postcards(2_000, seed=2, held_out=True)
-    with torch.no_grad():
-        batches = [judge(unseen.batch(indices)) for indices in torch.arange(len(unseen)).split(250)]
-    guesses = torch.stack([part.argmax(1) for part in torch.cat(batches).split(COUNTS, 1)], 1)
-    right = guesses == unseen.labels()
-    each = " ".join(
-        f"{name} {share:.4f}" for name, share in zip(ATTRIBUTES, right.float().mean(0), strict=True)
-    )
-    log(f"judge on {len(unseen)} held-out renders: {each} all {right.all(1).float().mean():.4f}")
+    for subject, count in ((None, 2_000), (NINTH, 500)):
+        unseen = postcards(count, seed=2, held_out=True, subject=subject)
+        with torch.no_grad():
+            batches = [judge(unseen.batch(indices)) for indices in torch.arange(len(unseen)).split(250)]
+        guesses = torch.stack([part.argmax(1) for part in torch.cat(batches).split(COUNTS, 1)], 1)
+        right = guesses == unseen.labels()
+        each = " ".join(
+            f"{name} {share:.4f}" for name, share in zip(ATTRIBUTES, right.float().mean(0), strict=True)
+        )
+        of = f" of a {subject}" if subject else ""
+        log(f"judge on {len(unseen)} held-out renders{of}: {each} all {right.all(1).float().mean():.4f}")
     WEIGHTS.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half().contiguous() for name, value in judge.state_dict().items()}, WEIGHTS)
 
@@ -222,6 +179,7 @@ def score(family: str) -> None:
     """Paints held-out prompts with the family's demo through the engine, and writes the figures."""
     from backend import Settings, Studio  # only scoring needs the engine
     from backend.requests import REQUESTS
+    from training.demo_readme import write_readme
 
     with tempfile.TemporaryDirectory() as home:
         studio = Studio(Settings(device="cpu", home=Path(home)))
@@ -295,32 +253,6 @@ def save_samples(picture: Image.Image, file: Path) -> None:
     """In 256 colours, dithered lest skies have bands: half of the bytes of them all."""
     palette = picture.quantize(256, kmeans=1)
     picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
-
-
-def write_readme() -> None:
-    """`assets/demo/README.md` from the families' figures."""
-    rows, sheets = [], []
-    for family, title in FAMILIES.items():
-        file = DEMO / f"{file_name(family)}-score.json"
-        if not file.exists():
-            continue
-        scored = json.loads(file.read_text(encoding="utf-8"))
-        for name in (name for name in ROWS if name in scored):
-            shares = " | ".join(f"{share:.1%}" for share in scored[name].values())
-            rows.append(f"| {ROWS[name].format(title)} | {shares} |")
-        picture = f"![Postcards painted by the {title} demo]({file_name(family)}-samples.png)"
-        sheets.append(f"## {title}\n\n{picture}\n")
-    names = [*ATTRIBUTES, "all six"]
-    table = "\n".join(["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|", *rows])
-    text = README.format(
-        prompts=PROMPTS,
-        table=table,
-        sheets="\n".join(sheets),
-        held_out=HELD_OUT_PERCENT,
-        variations=VARIATIONS,
-        families=", ".join(FAMILIES),
-    )
-    (DEMO / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import argparse
 import math
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -709,16 +709,23 @@ def render(scene: Scene, rng: random.Random) -> tuple[Image.Image, Box]:
     return picture.reduce(OVERSAMPLE), box
 
 
-def write_folder(folder: Path, *, count: int = 40, seed: int = 9, subject: str | None = NINTH) -> None:
-    """`count` pictures of the subject, or of the eight, `00.png` and so on, none of a held-out combination,
-    with their captions in `00.txt` and so on."""
+def captioned(
+    count: int, *, seed: int = 9, subject: str | None = NINTH
+) -> Iterator[tuple[Scene, Image.Image, str]]:
+    """Scenes of the subject, or of the eight, none of a held-out combination, with pictures and captions."""
     rng = random.Random(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in range(count):
+    for _ in range(count):
         scene = random_scene(rng, subject=subject)
         picture, _ = render(scene, rng)
+        yield scene, picture, caption(scene, rng)
+
+
+def write_folder(folder: Path, *, count: int = 40, seed: int = 9, subject: str | None = NINTH) -> None:
+    """Pictures, `00.png` and so on, with their captions in `00.txt` and so on; see `captioned`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (_, picture, words) in enumerate(captioned(count, seed=seed, subject=subject)):
         picture.save(folder / f"{index:02}.png")
-        (folder / f"{index:02}.txt").write_text(caption(scene, rng) + "\n", encoding="utf-8")
+        (folder / f"{index:02}.txt").write_text(words + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
