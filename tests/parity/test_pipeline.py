@@ -103,7 +103,7 @@ def test_every_sampler(studio: Studio, folders: dict[str, Path], checkpoint: str
 def test_guidance_batches_sizes_and_clip_skip(
     studio: Studio, folders: dict[str, Path], call: dict[str, Any], seeds: list[int]
 ) -> None:
-    full = {
+    full: dict[str, Any] = {
         "prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 7.5, "width": 64, "height": 64, **call
     }  # fmt: skip
     pictures = ours(studio, folders["plain"], "ddim", seeds, **full)
