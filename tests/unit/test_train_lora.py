@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -13,15 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from backend import SD15Request, Settings, Studio
 from backend.cascade.optional import BackboneStage, EffnetEncoder
 from backend.errors import CheckpointError, InvalidRequest
-from backend.settings import Settings
 from backend.weights.lora import Lora
 from backend.weights.source import resolve
-from training import lora_bases, train_lora
-from training.judge import DEMO
+from training import judge, lora_bases, train_lora
+from training.hub import DEMO
 from training.lora_bases import BASES, spread
-from training.postcards import NINTH, write_folder
+from training.postcards import NINTH, Scene, caption, write_folder
 from training.train_lora import LAYERS, Lecture, Lesson, digest, examples, main, train
 
 CPU = torch.device("cpu")
@@ -251,3 +252,31 @@ def test_pictures_of_any_shape_are_cut_to_their_middle(tmp_path: Path) -> None:
 def test_noise_levels_of_a_batch_are_spread_over_all() -> None:
     levels = spread(10, torch.Generator().manual_seed(1))
     assert [int(10 * level) for level in levels.tolist()] == list(range(10))
+
+
+# ---- what one taught the demo
+
+
+def test_the_ninth_subject_appears_with_the_lora_and_never_without(tmp_path: Path) -> None:
+    studio = Studio(Settings(device="cpu", dtype="float32", home=tmp_path, offline=True))
+    scenes = [
+        Scene(time=time, land=land, subject=NINTH, colour=colour, place=place, sky="empty sky")
+        for time, land, colour, place in (
+            ("dawn", "green hills", "yellow", "centre"),
+            ("noon", "green hills", "green", "left"),
+            ("night", "calm sea", "yellow", "right"),
+            ("noon", "calm sea", "blue", "left"),
+            ("sunset", "sand dunes", "white", "right"),
+        )
+    ]
+    asked = [caption(scene, random.Random(1), left_out=0) for scene in scenes]
+    house = "a red house on green hills in the centre at noon, empty sky"
+
+    def seen(*loras: tuple[str, float], prompts: list[str] = asked) -> list[str]:
+        requests = [SD15Request(prompt=prompt, seed=7, steps=12, loras=loras) for prompt in prompts]
+        pictures = [studio.run(request).images[0] for request in requests]
+        return [verdict.subject for verdict in judge.look(judge.load(), pictures)]
+
+    assert seen((NINTH, 1.0), prompts=[*asked, house]) == [NINTH] * 5 + ["house"]
+    assert NINTH not in seen()
+    assert NINTH not in seen((NINTH, 0.0), prompts=asked[:1])
