@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from backend.errors import InvalidRequest
+from backend.errors import InvalidRequest, TriptychError
 from backend.requests import Request
 from backend.settings import Settings
 from backend.text import inversion, tags
@@ -30,8 +31,8 @@ class Found:
 def plain(request: R, settings: Settings) -> tuple[R, Found]:
     """The request with a prompt that names no LoRAs, and all that it names, found.
 
-    Raises InvalidRequest for one that is not there, or is named twice, CheckpointError for one that is
-    damaged or for another family.
+    Raises InvalidRequest for one that is not there, is named twice or is for another family, CheckpointError
+    for one that is damaged.
     """
     prompt, named = (request.prompt, ()) if request.raw_prompt else tags.extract(request.prompt)
     loras = _loras((*map(tags.read, request.loras), *named), request.family, settings)
@@ -42,8 +43,11 @@ def plain(request: R, settings: Settings) -> tuple[R, Found]:
 
 def hashes(request: Request, settings: Settings) -> dict[str, str]:
     """The LoRAs of a request by name → what other programs know them by: the start of the SHA-256 of their
-    tensors, or of the whole file where it is no safetensors one."""
-    return {use.name: _hash(use.lora.path, use.lora.stamp) for use in plain(request, settings)[1].loras}
+    tensors, or of the whole file where it is no safetensors one. What is gone meanwhile is left out: the
+    picture is made."""
+    with suppress(TriptychError, OSError):
+        return {use.name: _hash(use.lora.path, use.lora.stamp) for use in plain(request, settings)[1].loras}
+    return {}
 
 
 @lru_cache(maxsize=256)
@@ -59,10 +63,7 @@ def _loras(named: tuple[tags.Named, ...], family: str, settings: Settings) -> tu
     for each in named:
         told = adapter(each.name, family, settings)
         if told.path in found:
-            raise InvalidRequest(
-                f"the LoRA {told.name!r} is named twice, with the weights {found[told.path].network:g} and "
-                f"{each.network:g}; name it once"
-            )
+            raise InvalidRequest(f"the LoRA {told.name!r} is named twice; name it once")
         found[told.path] = UsedLora(Lora(told.path), told.name, each.network, each.text)
     return tuple(found.values())
 

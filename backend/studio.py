@@ -470,6 +470,8 @@ class Studio:
         if not plan.fits and self._lessons:
             plan = planned()  # a lesson tells how to go about it; what it measured is no reason to refuse
         pipeline = ways[plan.way].make()
+        if words := ", ".join(use.name for use in found.embeddings):  # they may be meant as plain words
+            pipeline = replace(pipeline, notices=(*pipeline.notices, f"Read as embeddings: {words}."))
         asked = {"prompt": request.prompt, "loras": request.loras}  # as it was, its tags included
         return plan, replace(pipeline, settings=pipeline.settings | asked)
 

@@ -116,7 +116,8 @@ def _row(each: Adapter, family: str, t: Tongue) -> str:
         "offer": _offer(each, family, t),
     }
     attributes = "".join(f' data-{key}="{escape(value)}"' for key, value in data.items() if value)
-    title = f'<span class="title">{escape(each.title)}</span>' if each.title not in ("", each.name) else ""
+    known = ("", each.name, each.path.stem)
+    title = f'<span class="title">{escape(each.title)}</span>' if each.title not in known else ""
     facts = [t("LoRA") if lora else t("Embedding"), words.size(each.bytes), each.base, each.licence]
     if each.rank:
         facts.insert(1, t("rank {n}", n=each.rank.replace(" to ", "–")))

@@ -173,8 +173,10 @@ class Plan:
 
 
 def gib(size: int) -> str:
-    """1610612736 → "1.5 GiB", 52428800 → "50 MiB"."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 1024**2:.0f} MiB"
+    """1610612736 → "1.5 GiB", 52428800 → "50 MiB", 300000 → "0.3 MiB"."""
+    if size >= GIB:
+        return f"{size / GIB:.1f} GiB"
+    return f"{size / 1024**2:.{int(0 < size < 1024**2)}f} MiB"
 
 
 def budget_bytes(hardware: Hardware, cap_gib: float | None) -> int:

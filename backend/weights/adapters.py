@@ -77,11 +77,11 @@ def adapters(settings: Settings, family: str | None = None, kind: str | None = N
 def adapter(name: str, family: str, settings: Settings) -> Adapter:
     """The LoRA that a prompt or a request calls so: by its name, or, but on a public server, by its file.
 
-    Raises InvalidRequest for one that is not there, naming those near it, or of which there are two;
-    CheckpointError for one that is damaged, or for another family.
+    Raises InvalidRequest for one that is not there, naming those near it, of which there are two, or that is
+    for another family; CheckpointError for one that is damaged.
     """
     there = [each for each in _all(settings) if each.kind == LORA]
-    called = [each for each in there if _called(each, name)]
+    called = [each for each in there if _called(each, name, settings)]
     if len(called) > 1:  # of one name, for several families
         called = [each for each in called if family in each.families] or called
     if len(called) > 1:
@@ -94,7 +94,8 @@ def adapter(name: str, family: str, settings: Settings) -> Adapter:
         if told is None or told.kind != LORA:
             raise CheckpointError(f"{path.name} is no LoRA")
         return _usable(told, family)
-    own = [each.name for each in there if family in each.families and not each.problem]
+    sayable = (each for each in there if not re.search("[<>:]", each.name))  # in a prompt
+    own = [each.name for each in sayable if family in each.families and not each.problem]
     near = difflib.get_close_matches(name.lower(), {each.lower(): each for each in own}, NEAR, 0.5)
     by_case = {each.lower(): each for each in own}
     shown = [by_case[each] for each in near] or sorted(own)[:NEAR]
@@ -103,18 +104,19 @@ def adapter(name: str, family: str, settings: Settings) -> Adapter:
     raise InvalidRequest(f"there is no LoRA called {name!r:.80}; it can be {', '.join(shown)}")
 
 
-def _called(each: Adapter, name: str) -> bool:
-    wanted = name.lower()
-    plain = re.sub(r"\.(safetensors|ckpt|bin|pt|pth)$", "", wanted)
-    return each.name.lower() in (wanted, plain) or each.path.stem.lower() in (wanted, plain)
+def _called(each: Adapter, name: str, settings: Settings) -> bool:
+    """Whether that is its name, alone or with its folder, also while no other file has the same."""
+    plain = re.sub(r"\.(safetensors|ckpt|bin|pt|pth)$", "", name.lower())
+    known = (each.name, each.path.stem, _below(each.path, settings))
+    return not {name.lower(), plain}.isdisjoint(map(str.lower, known))
 
 
 def _usable(each: Adapter, family: str) -> Adapter:
     if each.problem:
-        raise CheckpointError(each.problem)
+        raise InvalidRequest(each.problem)
     if family not in each.families:
         own = " and ".join(FAMILIES[name].title for name in each.families)
-        raise CheckpointError(f"{each.name} is a LoRA for {own}, and {FAMILIES[family].title} paints here")
+        raise InvalidRequest(f"{each.name} is a LoRA for {own}, and {FAMILIES[family].title} paints here")
     return each
 
 

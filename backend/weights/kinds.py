@@ -11,10 +11,12 @@ from backend.errors import CheckpointError
 
 # Part of a tensor's name → the family, or what else it is. The first row that fits any tensor tells.
 TENSORS = {
-    "lora_": "a LoRA",
-    ".lora.": "a LoRA",
     ".hada_w1_": "a LoHa adapter",
     ".lokr_w": "a LoKr adapter",
+    "dora_scale": "a DoRA",
+    "lora_magnitude_vector": "a DoRA",
+    "lora_": "a LoRA",
+    ".lora.": "a LoRA",
     "emb_params": "a textual inversion",
     "string_to_param": "a textual inversion",
     "control_model.": "a ControlNet",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backend.catalog import FAMILIES
-from backend.errors import CheckpointError
+from backend.errors import CheckpointError, InvalidRequest
 from backend.weights import kinds
 from backend.weights.base import keys_of, stamp
 from backend.weights.files import Shapes, metadata, open_tensors, read_json, shapes
@@ -176,7 +176,8 @@ class Lora:
     def places(self, family: str, component: str, base: Shapes) -> dict[str, list[Place]]:
         """Which of its layers are for a component, by its tensors' names and shapes, and where they belong.
 
-        Raises CheckpointError where it is of another family, or has layers that the component lacks.
+        Raises CheckpointError where it is of another family, InvalidRequest for layers that the component
+        lacks, or has in another shape.
         """
         kinds.refuse_others(self.path.name, self.family, family)
         paths = {
@@ -203,7 +204,7 @@ class Lora:
             else:
                 found[name] = places
         if lacking:
-            raise CheckpointError(
+            raise InvalidRequest(
                 f"{self.path.name} has {len(lacking)} layers that the checkpoint's {component} lacks "
                 f"({_some(lacking)}): it is for another one"
             )
@@ -218,7 +219,7 @@ class Lora:
                 due = paths[place.path]
                 rows = up[0] // (place.chunk[1] if place.chunk else 1)
                 if (rows, down[1]) != due[:2] or (kernel or (1, 1)) != (due[2:] or (1, 1)):
-                    raise CheckpointError(
+                    raise InvalidRequest(
                         f"{self.path.name} is for another checkpoint: its layer {name} is for weights of "
                         f"{_shape((rows, down[1], *kernel))}, and those of the {component} are {_shape(due)}"
                     )
@@ -231,7 +232,7 @@ class Lora:
         order: list[list[Place]] = keys.lora_order(paths)
         names = sorted(self.layers, key=lambda name: int(name.partition(".")[2]))
         if len(names) != len(order):
-            raise CheckpointError(
+            raise InvalidRequest(
                 f"{self.path.name} has {len(names)} layers, and the attentions of the checkpoint's "
                 f"{component} {len(order)}: it is for another one"
             )

@@ -104,7 +104,7 @@ class Parts:
         """Whether the LoRAs fit a component, which may come in several sizes."""
         try:
             self._adapted(name, dtype)
-        except CheckpointError:
+        except (CheckpointError, InvalidRequest):
             return False
         return True
 

@@ -137,6 +137,8 @@ def test_the_meter_and_the_peak(wide: Page) -> None:
 def test_what_is_loaded_can_be_freed(page: Page) -> None:
     slider(page, "Steps", 2)
     generate(page)
+    files = page.get_by_role("tabpanel").locator(".files")
+    first = files.inner_text()
     shown = models(page)
     unet = shown.get_by_role("row", name=re.compile("^UNet demo"))
     expect(unet).to_contain_text("in RAM")
@@ -150,6 +152,7 @@ def test_what_is_loaded_can_be_freed(page: Page) -> None:
     expect(shown).to_contain_text("Nothing: what a picture needs is loaded")
     page.get_by_role("tab", name=SD15).click()
     generate(page)
+    expect(files).not_to_have_text(first)  # the tab, seen again, first tells of the picture before
     models(page)
     expect(unet).to_have_count(1)
 

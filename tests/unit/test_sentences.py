@@ -321,6 +321,7 @@ SAID = [
     "T5 has a LoRA beside its weights: 5 MiB.",
     "The UNet has 2 LoRAs beside its weights: 5 MiB.",
     "demo has no lite Stage C: the full one runs.",
+    "Read as embeddings: cat-toy, ink.",
     "fernando was trained with words of its own, 2, which are left out.",
     (
         "Painting ran out of memory and is repeated with a leaner plan. T5 runs with 8 bits a weight: "
