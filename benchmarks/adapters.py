@@ -26,7 +26,7 @@ from benchmarks.cascade import timed
 
 RANK = 16
 ENDS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-ROUNDS = 2
+ROUNDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
