@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
 
@@ -20,6 +20,7 @@ SCREENSHOTS = Path(__file__).parent / "screenshots"  # how each test left its pa
 PATIENCE = 120_000  # milliseconds: two cores that do other work as well are slow
 expect.set_options(timeout=PATIENCE)
 _KEPT: WeakKeyDictionary[Browser, dict[str, Page]] = WeakKeyDictionary()
+_LEFT: WeakSet[Page] = WeakSet()  # pages that are being loaded anew
 
 # Remembers every preview that the canvas shows, every height that it takes, what the progress line says, and
 # whether the page was ever wider than its window. Asking meanwhile could come too late.
@@ -52,13 +53,18 @@ def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
     page = done_with.pop(kind, None) or browser.new_context(**context).new_page()
     complaints = []
 
+    def complain(words: str) -> None:
+        # Gradio says this of whatever it still asks for as its page is left
+        if not (page in _LEFT and re.search("Connection errored out|AbortError", words)):
+            complaints.append(words)
+
     def hear(said: ConsoleMessage) -> None:
         # 422: Gradio's cancel of a run without a name yet; 503: a full queue
         if said.type == "error" and not re.search("422|503", said.text):
-            complaints.append(said.text)
+            complain(said.text)
 
     def fail(error: Error) -> None:
-        complaints.append(str(error))
+        complain(str(error))
 
     page.on("console", hear)
     page.on("pageerror", fail)
@@ -71,7 +77,14 @@ def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
     page.remove_listener("pageerror", fail)
     _forget(page, server)
     done_with[kind] = page
-    assert not complaints
+    assert not complaints, complaints
+
+
+def reload(page: Page) -> None:
+    """Load a page anew, whatever it still waits for."""
+    _LEFT.add(page)
+    page.reload()
+    _LEFT.discard(page)
 
 
 def _forget(page: Page, server: Server) -> None:

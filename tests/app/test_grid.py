@@ -18,7 +18,7 @@ from backend.errors import Cancelled, CheckpointError, InvalidRequest
 from backend.events import Event, Finished, GridProgress
 from backend.grid import Grid, fields, unfinished
 from backend.requests import REQUESTS
-from tests.app.pages import no_sideways_scroll, prompt, slider, status
+from tests.app.pages import no_sideways_scroll, prompt, reload, slider, status
 from tests.app.support import Server
 from tests.unit.test_grid import Pretence, stop_before
 from ui import grid as grids
@@ -38,8 +38,10 @@ def unfold(page: Page) -> Locator:
 
 
 def choose(page: Page, side: str, name: str, values: str) -> None:
-    page.get_by_label(side).click()
-    page.get_by_role("option", name=name, exact=True).click()
+    field = page.get_by_label(side)
+    field.click()
+    options = page.locator(f"#{field.get_attribute('aria-controls')}")  # another list may not be closed yet
+    options.get_by_role("option", name=name, exact=True).click()
     page.get_by_label("Values").nth(0 if side.startswith("Across") else 1).fill(values)
 
 
@@ -125,7 +127,7 @@ def test_a_stopped_grid_is_resumed(wide: Page, server: Server) -> None:
     expect(resume).to_have_text("Resume (2 of 6)")
     expect(wide.locator(".grid-rest p")).to_contain_text(f"Not finished: Steps × Size {PROMPT}")
     assert len(made(server) - before) == 2
-    wide.reload()  # whoever comes back finds it again
+    reload(wide)  # whoever comes back finds it again
     wide.locator(".plan .bars").wait_for()
     unfold(wide)
     resume.click()

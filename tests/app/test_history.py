@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from backend import gallery_index, infotext
 from backend.gallery import Gallery
-from tests.app.pages import NARROW, generate, no_sideways_scroll, opened, prompt, slider
+from tests.app.pages import NARROW, generate, no_sideways_scroll, opened, prompt, reload, slider
 from tests.app.support import Server
 
 SETTINGS: dict[str, Any] = {
@@ -161,7 +161,7 @@ def test_settings_are_had_back(wide: Page, server: Server, tmp_path: Path) -> No
     }.items():
         expect(panel.get_by_label(label, exact=True)).to_have_value(value)
 
-    wide.reload()  # so that the field for files is not there yet
+    reload(wide)  # so that the field for files is not there yet
     expect(wide.get_by_role("tab", name="Stable Cascade")).to_have_attribute("aria-selected", "true")
     field, note = wide.locator("#restore-png input[type=file]"), wide.locator(".toast-body")
     wide.locator(".canvas:visible").evaluate(DROP, base64.b64encode(ours.read_bytes()).decode())

@@ -13,7 +13,7 @@ import torch
 from playwright.sync_api import Locator, Page, expect
 from safetensors.torch import save_file
 
-from tests.app.pages import generate, no_sideways_scroll, open_tab, slider
+from tests.app.pages import generate, no_sideways_scroll, open_tab, reload, slider
 from tests.app.support import Server, serving
 from tests.checkpoints import sd15_folder, sd15_single_file
 from tests.unit.test_hub import Hub
@@ -91,7 +91,7 @@ def test_a_download_is_paused_resumed_and_painted_with(
     wide.wait_for_timeout(2500)
     assert len(asked) == count, "the page asks though nothing is downloaded"
 
-    wide.reload()  # the page comes back to its tab
+    reload(wide)  # the page comes back to its tab
     shown = models(wide)
     expect(mine).to_contain_text(re.compile(r"paused at 5\.\d of 37\.\d MiB"))
     published.gate.set()

@@ -21,6 +21,7 @@ from tests.app.pages import (
     open_tab,
     opened,
     prompt,
+    reload,
     slider,
     status,
     wait_for_preview,
@@ -213,7 +214,7 @@ def test_every_tab_is_found_as_it_was_left(wide: Page) -> None:
     panel = open_tab(wide, "Stable Diffusion 3")
     prompt(panel).fill("a castle that is kept")
     slider(panel, "Steps", 3)
-    wide.reload()
+    reload(wide)
     expect(wide.get_by_role("tab", name="Stable Diffusion 3")).to_have_attribute("aria-selected", "true")
     expect(prompt(panel)).to_have_value("a castle that is kept")
     expect(panel.get_by_label("number input for Steps")).to_have_value("3")
