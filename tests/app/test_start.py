@@ -323,6 +323,17 @@ def test_a_picture_that_is_being_painted_is_given_up(tmp_path: Path) -> None:
     assert not left(tmp_path)
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Signals are heard as in one: a program that was started in the background ignores some, and so would
+    those that it starts."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_a_start_that_is_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
     variables = environment(tmp_path, OMP_NUM_THREADS="1")
     started = subprocess.Popen(
@@ -364,6 +375,7 @@ def ended(first: str, then: str, *numbers: signal.Signals) -> int:
     return program.returncode
 
 
+@pytest.mark.usefixtures("terminal")
 def test_one_signal_ends_it_in_order_and_two_at_once() -> None:
     assert ended(WAIT, "pass", signal.SIGINT) == 0
     assert ended(WAIT, "pass", signal.SIGHUP) == 0  # the terminal is closed
@@ -371,6 +383,7 @@ def test_one_signal_ends_it_in_order_and_two_at_once() -> None:
     assert ended(WAIT, WAIT, signal.SIGTERM, signal.SIGTERM) == 128 + signal.SIGTERM
 
 
+@pytest.mark.usefixtures("terminal")
 def test_an_end_that_somebody_swallows_is_remembered() -> None:
     swallowed = f"""
     try:
