@@ -127,7 +127,10 @@ def generate(on: On, state: str = "done") -> Any:
     anybody could see that the page was busy."""
     on.locator(".status").evaluate("told => told.dataset.before = ''")
     on.get_by_role("button", name="Generate").click()
-    return _found(on, f".status[data-state={state}]:not([data-before])")
+    told = _found(on, f".status[data-state={state}]:not([data-before])")
+    if state == "done":  # the line of progress may tell of it before the canvas does
+        on.locator(".canvas[data-state=done] img:visible").first.wait_for()
+    return told
 
 
 def wait_for_preview(on: On) -> None:

@@ -243,7 +243,7 @@ def test_settings_are_reused_with_their_pictures(tab: Locator, red: Path) -> Non
         expect(tab.locator(".segmented", has_text=size).locator(".selected")).to_have_text("automatic")
     first = tab.locator(".canvas img").get_attribute("src")
     generate(tab)
-    assert tab.locator(".canvas img").get_attribute("src") != first
+    expect(tab.locator(".canvas img")).not_to_have_attribute("src", first or "")
 
 
 def test_sizes_of_stages_and_terms(tab: Locator) -> None:

@@ -138,6 +138,7 @@ def test_what_is_loaded_can_be_freed(page: Page) -> None:
     slider(page, "Steps", 2)
     generate(page)
     files = page.get_by_role("tabpanel").locator(".files")
+    expect(files).to_contain_text("seed")
     first = files.inner_text()
     shown = models(page)
     unet = shown.get_by_role("row", name=re.compile("^UNet demo"))
