@@ -117,7 +117,7 @@ def test_a_stopped_grid_is_resumed(wide: Page, server: Server) -> None:
     prompt(wide).fill(PROMPT)
     unfold(wide)
     choose(wide, "Across (X)", "Steps", "2, 3, 150")
-    choose(wide, "Down (Y)", "Size", "128, 64")
+    choose(wide, "Down (Y)", "Size", "256, 64")  # time enough to press a button
     paint(wide)
     expect(wide.locator(".status")).to_contain_text("Picture 3 of 6")
     wide.locator(".canvas img").first.wait_for()
@@ -141,6 +141,8 @@ def test_a_stopped_grid_can_be_forgotten(wide: Page, server: Server) -> None:
     prompt(wide).fill(PROMPT)
     unfold(wide)
     choose(wide, "Across (X)", "Steps", "2, 150")
+    for side in ("Width", "Height"):
+        wide.get_by_label(side, exact=True).fill("256")
     paint(wide)
     expect(wide.locator(".status")).to_contain_text("Picture 2 of 2")
     wide.get_by_role("button", name="Stop", exact=True).click()
