@@ -275,6 +275,10 @@ class Lora:
         factor = float(tensors[layer.alpha]) / rank if layer.alpha else scale(name, rank)
         if not math.isfinite(factor):
             raise CheckpointError(f"{self.path.name} is damaged: the alpha of {name} is no number")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise CheckpointError(
+                f"{self.path.name} is damaged: the matrices of {name} are not all of finite numbers"
+            )
         up = up * (factor * weight)
         for place in targets:
             rows = up.roll(len(up) // 2, 0) if place.swapped else up

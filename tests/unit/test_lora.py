@@ -142,6 +142,17 @@ def test_half_a_pair_and_ranks_that_do_not_fit(tmp_path: Path) -> None:
         saved(tmp_path / "odd.safetensors", odd).layers  # noqa: B018
 
 
+@pytest.mark.parametrize("half", ["lora_down", "lora_up"])
+def test_matrices_that_are_no_numbers(tmp_path: Path, half: str) -> None:
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = small(layer)
+    tensors[f"{layer}.{half}.weight"][2, 3] = float("nan")
+    lora = saved(tmp_path / "burnt.safetensors", tensors)
+    places = lora.places("sd15", "unet", {"mid_block.attentions.0.proj_in.weight": (320, 768, 1, 1)})
+    with pytest.raises(CheckpointError, match=f"burnt.* damaged: the matrices of {layer} are not all of"):
+        lora.terms(places, 1.0)
+
+
 def test_layers_of_another_checkpoint(tmp_path: Path) -> None:
     base = {"mid_block.attentions.0.proj_in.weight": (320, 320, 1, 1)}
     wide = saved(tmp_path / "wide.safetensors", small("lora_unet_mid_block_attentions_0_proj_in"))
