@@ -27,9 +27,10 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 UNSAYABLE = re.compile(r"[<>:]|^\s|\s$")  # in the name of a LoRA: what would end its tag, or a part of it
 OFFERED = ("sampler", "steps", "guidance_scale")  # fields that an adapter can be made for
 # From a prompt to what its plan depends on: which LoRAs it names, and which of their weights are 0, or no
-# numbers. The fold's script is told, too: what Gradio fills in changes without an event of the browser's.
-NAMED = """(prompt) => {
-  dispatchEvent(new Event('triptych-prompt'));
+# numbers. The fold's script is told, too: what Gradio fills in changes without an event of the browser's, and
+# the page may not have the box for raw prompts yet.
+NAMED = """(prompt, raw) => {
+  dispatchEvent(new CustomEvent('triptych-prompt', {detail: {family: 'FAMILY', raw}}));
   const weight = (text) => Number(text) && Math.abs(Number(text)) <= 10 ? '1' : text;
   return [...(prompt ?? '').matchAll(/<((?:lora|lyco|hypernet):[^<>]*)>/gi)].map(([, tag]) => {
     const [kind, name, ...weights] = tag.split(':');
@@ -58,8 +59,9 @@ class AdapterFold:
 
     def connect(self, controls: Controls) -> None:
         fields = controls.by_field
-        prompts: list[Any] = [fields["prompt"], fields["negative_prompt"]]
-        gr.on([each.change for each in prompts], None, prompts[0], self.named, js=NAMED, **QUIET)
+        told: list[Any] = [fields["prompt"], fields["negative_prompt"], fields["raw_prompt"]]
+        named = NAMED.replace("FAMILY", self.family)
+        gr.on([each.change for each in told], None, [told[0], told[2]], self.named, js=named, **QUIET)
         self.there.look(self.look, None, self.there, **QUIET)
         if all(name in fields for name in OFFERED):
             self.there.offer(self.offer, None, [fields[name] for name in OFFERED], **QUIET)
@@ -88,8 +90,11 @@ def shown(found: Sequence[Adapter], settings: Settings, family: str, t: Tongue =
         f'{find}<ul class="there" aria-label="{escape(t("Adapters"))}">{rows}</ul>'
         f'<p class="none" role="status" hidden>{escape(t("None has all of these words."))}</p>'
     )
+    raw = t("Raw prompt is on: what names an adapter is read as plain words.")
     return (
-        f'<section class="adapters"><div class="used"></div>{there if rows else ""}'
+        f'<section class="adapters" data-family="{family}">'
+        f'<p class="raw problem" role="status" hidden>{escape(raw)}</p>'
+        f'<div class="used"></div>{there if rows else ""}'
         f'<p class="hint">{escape(_hint(settings, t, empty=not rows))}</p>{_parts(t)}</section>'
     )
 
