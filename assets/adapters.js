@@ -104,11 +104,10 @@ const rowFor = ({name, slots}, number) => {
   return row;
 };
 
-let raw = false; // whether prompts are read as they are
 const show = () => {
   const used = element.querySelector('.used');
   if (!used || !areaOf.prompt()) return;
-  element.querySelector('.raw').hidden = !raw;
+  element.querySelector('.raw').hidden = !window.triptychRaw?.[element.querySelector('.adapters').dataset.family];
   const text = areaOf.prompt().value, tags = tagsOf(text);
   const key = JSON.stringify(tags.map(({name, slots}) => [name, Object.keys(slots)]));
   if (used.dataset.key !== key) { // else a slider that is held stays the same one
@@ -187,12 +186,9 @@ watch('value', () => {
   show();
   filter();
 });
-const hear = ({detail: {family, raw: on}}) => {
-  if (!element.isConnected) removeEventListener('triptych-prompt', hear);
-  else if (family === element.querySelector('.adapters')?.dataset.family) {
-    raw = on;
-    setTimeout(show); // by then the text is where it is read
-  }
+const hear = () => {
+  if (element.isConnected) setTimeout(show); // by then the text is where it is read
+  else removeEventListener('triptych-prompt', hear);
 };
 addEventListener('triptych-prompt', hear);
 let seen = false;

@@ -28,9 +28,10 @@ UNSAYABLE = re.compile(r"[<>:]|^\s|\s$")  # in the name of a LoRA: what would en
 OFFERED = ("sampler", "steps", "guidance_scale")  # fields that an adapter can be made for
 # From a prompt to what its plan depends on: which LoRAs it names, and which of their weights are 0, or no
 # numbers. The fold's script is told, too: what Gradio fills in changes without an event of the browser's, and
-# the page may not have the box for raw prompts yet.
+# of the box for raw prompts, as the page may not have it, or the fold, yet.
 NAMED = """(prompt, raw) => {
-  dispatchEvent(new CustomEvent('triptych-prompt', {detail: {family: 'FAMILY', raw}}));
+  (window.triptychRaw ??= {}).FAMILY = raw;
+  dispatchEvent(new Event('triptych-prompt'));
   const weight = (text) => Number(text) && Math.abs(Number(text)) <= 10 ? '1' : text;
   return [...(prompt ?? '').matchAll(/<((?:lora|lyco|hypernet):[^<>]*)>/gi)].map(([, tag]) => {
     const [kind, name, ...weights] = tag.split(':');

@@ -151,6 +151,9 @@ def test_the_prompt_says_which_adapters_are_used(browser: Browser, server: Serve
         page.get_by_label("Raw prompt").check()
         expect(said).to_be_visible()
         expect(plan).not_to_contain_text("LoRA")
+        for _ in range(2):  # made anew, it still knows
+            fold.locator("button.label-wrap").click()
+        expect(said).to_be_visible()
         page.get_by_label("Raw prompt").uncheck()
         expect(said).to_be_hidden()
         text.fill("a red house <lora:ink:much>")
