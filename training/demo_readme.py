@@ -82,7 +82,9 @@ The mushrooms are in colours, lands and times that none of the 40 pictures has t
 are held out as above. Asked for without the LoRA, mushrooms are in {without} of {prompts} pictures, and with
 its weight at 0 in {at_nothing}; of the pictures of the eight with the LoRA they are in {strays}. `python -m
 training.ninth` repeats this. Below are mushrooms in two rows, the first of these prompts without the LoRA,
-and the eight subjects with it.
+and the eight subjects with it. The judge is kinder than the eye: caps are soft, a red one on green hills
+takes on some of a house, and purple ones at night are hardly mushrooms. Blue, yellow and green ones are the
+best.
 
 ![Postcards of the Stable Diffusion 1.5 demo with and without the LoRA](sd15-mushroom-samples.png)
 

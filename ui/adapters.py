@@ -7,7 +7,6 @@ it finds the tags in the prompt's text, and changes them there.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from backend import Settings
+from backend.text.tags import UNSAYABLE
 from backend.weights.adapters import LORA, Adapter, adapters
 from ui import i18n, words
 from ui.controls import SAMPLERS, Controls
@@ -24,7 +24,6 @@ from ui.theme import ASSETS
 
 SCRIPT = (ASSETS / "adapters.js").read_text(encoding="utf-8")
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-UNSAYABLE = re.compile(r"[<>:]|^\s|\s$")  # in the name of a LoRA: what would end its tag, or a part of it
 OFFERED = ("sampler", "steps", "guidance_scale")  # fields that an adapter can be made for
 # From a prompt to what its plan depends on: which LoRAs it names, and which of their weights are 0, or no
 # numbers. The fold's script is told, too: what Gradio fills in changes without an event of the browser's, and

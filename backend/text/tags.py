@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from backend.errors import InvalidRequest
 
 TAG = re.compile(r"<(?P<kind>lora|lyco|hypernet):(?P<rest>[^<>]*)>", re.IGNORECASE)
+UNSAYABLE = re.compile(r"[<>:]|^\s|\s$")  # in a LoRA's name: what would end its tag, or a part of it
 MOST_WEIGHT = 10.0
 
 

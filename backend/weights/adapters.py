@@ -18,6 +18,7 @@ from backend.catalog import FAMILIES
 from backend.errors import CheckpointError, InvalidRequest, TriptychError
 from backend.settings import Settings
 from backend.text import inversion
+from backend.text.tags import UNSAYABLE
 from backend.weights import pickles
 from backend.weights.files import WEIGHTS
 from backend.weights.local import MOST, weight_files
@@ -94,7 +95,7 @@ def adapter(name: str, family: str, settings: Settings) -> Adapter:
         if told is None or told.kind != LORA:
             raise CheckpointError(f"{path.name} is no LoRA")
         return _usable(told, family)
-    sayable = (each for each in there if not re.search("[<>:]", each.name))  # in a prompt
+    sayable = (each for each in there if not UNSAYABLE.search(each.name))
     own = [each.name for each in sayable if family in each.families and not each.problem]
     near = difflib.get_close_matches(name.lower(), {each.lower(): each for each in own}, NEAR, 0.5)
     by_case = {each.lower(): each for each in own}

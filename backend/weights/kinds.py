@@ -9,12 +9,19 @@ from typing import Any
 from backend.catalog import FAMILIES
 from backend.errors import CheckpointError
 
-# Part of a tensor's name → the family, or what else it is. The first row that fits any tensor tells.
-TENSORS = {
-    ".hada_w1_": "a LoHa adapter",
-    ".lokr_w": "a LoKr adapter",
+# Part of a tensor's name → what is like a LoRA and cannot be used: it may have tensors called so, too.
+LIKE_LORAS = {
     "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA",
+    "hada_": "a LoHa adapter",
+    "lokr_": "a LoKr adapter",
+    "oft_": "an OFT adapter",
+    "ia3_": "an IA³ adapter",
+    "lora_embedding_": "a LoRA of token tables",
+}
+# The same for the family, or what else it is. The first row that fits any tensor tells.
+TENSORS = {
+    **LIKE_LORAS,
     "lora_": "a LoRA",
     ".lora.": "a LoRA",
     "emb_params": "a textual inversion",
@@ -74,10 +81,10 @@ SCALES = re.compile(
 )
 
 
-def by_tensors(names: Iterable[str]) -> str | None:
+def by_tensors(names: Iterable[str], table: Mapping[str, str] = TENSORS) -> str | None:
     """The family of a single file that holds tensors of these names, or what else it is; None if unknown."""
     names = list(names)
-    return next((kind for part, kind in TENSORS.items() if any(part in name for name in names)), None)
+    return next((kind for part, kind in table.items() if any(part in name for name in names)), None)
 
 
 def by_index(index: Mapping[str, Any]) -> str | None:

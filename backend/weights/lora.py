@@ -40,16 +40,6 @@ PEFT = {"A": "down", "B": "up"}
 STAGE_C = re.compile(r"weights\.(\d+)")  # the original release numbers its layers, and names none
 RETOKENED = ("embeddings.embeddings", "embeddings.indices")  # what it changed of the text encoder's tokens
 
-# Files of other kinds that have tensors called so, too: the first row that fits any tensor tells.
-OTHERS = {
-    "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA",
-    "hada_": "a LoHa adapter",
-    "lokr_": "a LoKr adapter",
-    "oft_": "an OFT adapter",
-    "ia3_": "an IA³ adapter",
-    "lora_embedding_": "a LoRA of token tables",
-}
 ELSEWHERE = {  # part of a layer's name → a program's network that it is of
     "single_transformer_blocks": "Flux",
     "double_blocks": "Flux",
@@ -337,8 +327,7 @@ class UsedLora(NamedTuple):
 
 def other_kind(names: Iterable[str]) -> str | None:
     """What a file with tensors of these names is, of the kinds that are like LoRAs and cannot be used."""
-    names = list(names)
-    return next((kind for part, kind in OTHERS.items() if any(part in name for name in names)), None)
+    return kinds.by_tensors(names, kinds.LIKE_LORAS)
 
 
 def family_of(layers: Iterable[str]) -> str | None:

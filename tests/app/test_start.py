@@ -327,7 +327,8 @@ def test_a_picture_that_is_being_painted_is_given_up(tmp_path: Path) -> None:
 def terminal() -> Iterator[None]:
     """Signals are heard as in one: a program that was started in the background ignores some, and so would
     those that it starts."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
